@@ -1,0 +1,275 @@
+"""The recipe: the TOML file that says everything a run needs, checked strictly, extended and overridden by key."""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kdcli.errors import RecipeError, did_you_mean
+from kdcli.home import shipped
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """A table of the recipe; a key it does not have is an error."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which pictures, at what size, how augmented, in which order."""
+
+    name: str | None = None  # digits | cifar10 | cifar100 | imagenet[:DIR] | folder:DIR | npz:FILE
+    root: str | None = None  # where downloads and bare names are looked for; default KDCLI_DATA, then KDCLI_HOME/data
+    image_size: int | None = Field(default=None, ge=8, le=1024)  # pixels, square; default the data set's own
+    augment: str = "auto"  # a preset's name; auto: the data set's own
+    holdout: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the training set kept for choosing an epoch
+    per_class: int | None = Field(default=None, ge=1)  # use only this many training images of every class
+    seed: int = Field(default=0, ge=0)  # order and views
+    workers: int | None = Field(default=None, ge=0)  # processes that decode a folder's files; default from the machine
+    skip_corrupt: bool = False
+
+
+class ClassroomConfig(Section):
+    """Who learns and who teaches, each by name."""
+
+    student: str | None = None
+    teacher: str | None = None
+    peers: list[str] = []
+    class_map: Literal["off", "auto"] | dict[str, str | int] = "off"  # data class -> mentor's class
+    precision: Precision = "auto"  # of the mentors
+
+
+class MethodConfig(BaseModel):
+    """The method's name; every other key is an argument of its constructor and checked there."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True)
+    name: str = "classroom"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(Section):
+    """How the student learns; the defaults are the CIFAR recipe of papers.md section 5."""
+
+    epochs: int = Field(default=240, ge=1)
+    batch_size: int = Field(default=64, ge=1)  # images per update, over all ranks and micro-batches
+    drop_last: bool = False
+    optimizer: str = "sgd"  # any timm optimiser; sgd follows `nesterov`
+    lr: float = Field(default=0.05, ge=0.0)
+    momentum: float = Field(default=0.9, ge=0.0)
+    nesterov: bool = False
+    weight_decay: float = Field(default=5e-4, ge=0.0)
+    decay_norm_and_bias: bool = True  # the papers decay every parameter; timm's habit is false
+    schedule: str = "cosine"  # crd | classroom | constant | any timm schedule
+    warmup_epochs: int = Field(default=0, ge=0)
+    warmup_lr: float = Field(default=1e-5, ge=0.0)
+    min_lr: float = Field(default=0.0, ge=0.0)
+    decay_epochs: list[int] = []  # milestones of schedule = "multistep"; the period of "step" is the first
+    decay_rate: float = Field(default=0.1, gt=0.0)
+    precision: Precision = "auto"  # of the student; losses are float32
+    seed: int = Field(default=0, ge=0)  # initial weights, method noise, dropout
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay of the weights' average, then the student
+    accumulate: int = Field(default=1, ge=1)  # micro-batches per update
+    clip_grad: float | None = Field(default=None, gt=0.0)  # largest gradient norm
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    mixup: float = Field(default=0.0, ge=0.0)
+    cutmix: float = Field(default=0.0, ge=0.0)
+    compile: bool = False  # torch.compile the student
+    eval_every: int = Field(default=1, ge=1)  # epochs between scores; the last is always scored
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> "TrainConfig":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate = {self.accumulate} does not divide batch_size = {self.batch_size}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix pair images, so batch_size = {self.batch_size} must be even")
+        return self
+
+
+class Expect(Section):
+    """A published figure to print beside the measured one."""
+
+    source: str = ""
+    epoch: Literal["best", "last"] = "last"
+    tolerance: float = 0.5  # percentage points
+    top1: dict[str, float] = {}  # method -> percent
+    top5: dict[str, float] = {}
+
+
+class Recipe(Section):
+    """Everything a run needs."""
+
+    title: str = ""
+    source: str = ""
+    task: Literal["classify"] = "classify"
+    data: DataConfig = DataConfig()
+    classroom: ClassroomConfig = ClassroomConfig()
+    method: MethodConfig = MethodConfig()
+    baselines: dict[str, dict[str, Any]] = {}  # method -> its options when this recipe runs it instead of its own
+    train: TrainConfig = TrainConfig()
+    expect: Expect | None = None
+
+    def hash(self) -> str:
+        """sha256 of what decides the result: not titles, published figures or other methods' options."""
+        plain = self.model_dump(mode="json", exclude={"title", "source", "expect", "baselines"})
+        plain["method"] = {  # nothing has made these one type yet, and tau = 4 is tau = 4.0
+            key: float(value) if type(value) is int else value for key, value in plain["method"].items()
+        }
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    def toml(self) -> str:
+        """The whole recipe as TOML, defaults written out; what is unset is left out."""
+        return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def with_method(self, name: str) -> "Recipe":
+        """A copy that runs another method on the same classroom, with the options `baselines` gives it."""
+        if name == self.method.name:
+            return self
+        return self.with_(method={"name": name, **self.baselines.get(name, {})})
+
+    def with_(self, **overrides: Any) -> "Recipe":
+        """A copy with dotted keys replaced: `recipe.with_(**{"train.seed": 2})`."""
+        return from_dict(merge(self.model_dump(exclude_none=True), _nest(overrides)), "recipe")
+
+
+def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe by path or built-in name, follow `extends`, apply dotted-key `overrides`.
+
+    Raises RecipeError naming the file, the key and the nearest allowed name.
+    """
+    return from_dict(merge(read(name), _nest(overrides or {})), name)
+
+
+def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe's tables with everything it extends merged in (its own keys win)."""
+    path = find(name, extended_by=_seen[-1] if _seen else None)
+    if path in _seen:
+        chain = " -> ".join(str(p) for p in (*_seen, path))
+        raise RecipeError(f"recipes extend each other in a circle: {chain}", hint="Remove one `extends` line.")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors put a mark in front
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not TOML: {error}", hint="`kdcli recipes cat quickstart` shows one.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="Check the file's permissions.") from None
+    base = tables.pop("extends", None)
+    _check_keys(tables, str(path))
+    if base is None:
+        return tables
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends: one recipe's name or path, not {base!r}", hint='extends = "cifar100/base"')
+    return merge(read(base, (*_seen, path)), tables)
+
+
+def find(name: str, extended_by: Path | None = None) -> Path:
+    """The file of a recipe given as a path (relative to the one it is `extended_by`, or to here) or as a built-in name.
+
+    A recipe never means itself: a user's own `quickstart.toml` may extend `quickstart`.
+    """
+    tries = [Path(name)] if Path(name).suffix == ".toml" else []
+    if extended_by is not None:
+        tries = [extended_by.parent / name, extended_by.parent / f"{name}.toml", *tries]
+    tries += [shipped("recipes") / f"{name}.toml", shipped("recipes") / name]
+    hits = [path.resolve() for path in tries if path.is_file()]
+    if hits:
+        return next((path for path in hits if path != extended_by), hits[0])
+    known = names()
+    raise RecipeError(
+        f"no recipe called {name!r}, neither a file nor a built-in name",
+        hint=f"{did_you_mean(name, known)} `kdcli recipes ls` lists the built-in ones.".strip(),
+    )
+
+
+def names() -> list[str]:
+    """The built-in recipes' names, like `cifar100/r110-r20`."""
+    folder = shipped("recipes")
+    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml"))
+
+
+def parse_set(pairs: list[str]) -> dict[str, Any]:
+    """`["method.tau=4", "train.schedule=crd"]` as dotted keys and values; a value is TOML, else a string."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {pair}: not key=value", hint="For example: --set method.tau=4")
+        try:
+            out[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            out[key.strip()] = text.strip()
+    return out
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Tables merged key by key, `over` winning; a [method] of another name replaces the whole table."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        both_tables = isinstance(old, dict) and isinstance(value, dict)
+        if both_tables and key == "method" and _method(value, _method(old)) != _method(old):
+            out[key] = value  # another method's options mean nothing to this one
+        elif both_tables and key != "class_map":
+            out[key] = merge(old, value)  # pyright: ignore[reportArgumentType]
+        else:
+            out[key] = value
+    return out
+
+
+def _method(table: Any, otherwise: str = MethodConfig.model_fields["name"].default) -> Any:
+    return table.get("name", otherwise)
+
+
+def from_dict(tables: dict[str, Any], where: str) -> Recipe:
+    """A checked Recipe. Raises RecipeError that says `where: key`, what was wrong and the nearest allowed name."""
+    _check_keys(tables, where)
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "dict[")))
+            value = problem.get("input")  # for a check of a whole table it is the table, too long to be of use
+            given = "" if isinstance(value, dict) else f" (given {value!r})"
+            lines.append(f"{where}: {key}: {problem['msg']}{given}")
+        hint = "`kdcli recipes cat quickstart` shows every table."
+        raise RecipeError("\n".join(dict.fromkeys(lines)), hint=hint) from None
+
+
+def _check_keys(tables: dict[str, Any], where: str) -> None:
+    """Refuse unknown keys with the nearest known one: pydantic would not name it."""
+    _unknown(tables, Recipe, where, "")
+    for name, field in Recipe.model_fields.items():
+        model = Expect if name == "expect" else field.annotation
+        value = tables.get(name)
+        if isinstance(model, type) and issubclass(model, Section) and isinstance(value, dict):
+            _unknown(value, model, where, f"{name}.")
+
+
+def _unknown(table: dict[str, Any], model: type[BaseModel], where: str, prefix: str) -> None:
+    for key in table:
+        if key not in model.model_fields:
+            raise RecipeError(
+                f"{where}: {prefix}{key}: no such key",
+                hint=did_you_mean(key, model.model_fields) or f"Allowed: {', '.join(model.model_fields)}.",
+            )
+
+
+def _nest(dotted: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *tables, last = key.split(".")
+        here = out
+        for table in tables:
+            here = here.setdefault(table, {})
+            if not isinstance(here, dict):
+                raise RecipeError(f"{key}: {table} was given a value of its own too", hint="Leave one of them out.")
+        here[last] = value
+    return out
