@@ -1,0 +1,91 @@
+"""The stream of training batches: the same for whoever asks with the same seed, from any batch on."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from timm.data.mixup import Mixup
+from torch import Tensor
+
+from kdcli.data.base import Batch, DataSet, Device
+from kdcli.data.views import number
+from kdcli.errors import RecipeError
+
+ORDER, MIX = 1, 2  # what a hash of (seed, epoch) is for
+
+
+class Stream:
+    """Shuffled, augmented batches of `data.train` on `device`.
+
+    Order and views are functions of (seed, epoch) and (seed, epoch, sample index): no state, nothing to save. With
+    `mixup` (arXiv 1710.09412) or `cutmix` (arXiv 1905.04899), the Beta parameters (both: one of them by a coin a
+    batch), targets are [B,K] with `label_smoothing` folded in, and an odd last batch is dropped, since images are mixed
+    in pairs; without, targets are int64 and smoothing is the loss's business. Raises RecipeError when a batch would be
+    larger than the training set.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        batch_size: int,
+        *,
+        seed: int,
+        drop_last: bool = False,
+        device: Device = "cpu",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        n = len(data.train)
+        if batch_size > n:
+            raise RecipeError(
+                f"train.batch_size = {batch_size} is larger than the training set of {data.name}, {n} images",
+                hint=f"--set train.batch_size={2 ** (max(n // 4, 1).bit_length() - 1)}, say.",
+            )
+        self.data, self.batch_size, self.seed, self.device = data, batch_size, seed, device
+        self.mixing = bool(mixup or cutmix)
+        self._mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=len(data.classes))
+        full, rest = divmod(n, batch_size)
+        self._batches = full + bool(rest and not drop_last and not (self.mixing and rest % 2))
+        if self.mixing and batch_size % 2:
+            raise RecipeError(
+                f"mixup and cutmix pair images, so train.batch_size = {batch_size} must be even",
+                hint=f"--set train.batch_size={batch_size + 1 if batch_size < n else batch_size - 1}",
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._batches
+
+    def order(self, epoch: int) -> Int[Tensor, " N"]:
+        """The epoch's permutation of the rows of `data.train`."""
+        generator = torch.Generator().manual_seed(number(self.seed, epoch, ORDER))
+        return torch.randperm(len(self.data.train), generator=generator)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start`, without drawing those before it."""
+        train, size = self.data.train, self.batch_size
+        rows = self.order(epoch)[start * size : len(self) * size]
+        if not len(rows):
+            return
+        index = train.index[rows]
+        view = train.store.views.draw(self.seed, epoch, index)
+        names = zip(*(x.to(self.device).split(size) for x in (train.targets[rows], index, view)), strict=True)
+        pixels = train.store.batches(index, view, size, self.device)
+        for n, (x, (target, index, view)) in enumerate(zip(pixels, names, strict=True), start):
+            if self.mixing:
+                x, target = self._mix(x, target, number(self.seed, epoch, MIX, n))
+            yield Batch(x, target, index, view)
+
+    def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:
+        """The pixels an epoch yielded under these names, to the bit (before mixing, which has no name)."""
+        return next(self.data.train.store.batches(index, view, max(len(index), 1), self.device))
+
+    def _mix(self, pixels: Tensor, target: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        before = np.random.get_state()  # timm draws from numpy's global generator: lend it a seed, give it back
+        np.random.seed(seed % 2**32)
+        try:
+            return self._mixup(pixels, target)
+        finally:
+            np.random.set_state(before)

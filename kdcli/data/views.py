@@ -1,0 +1,192 @@
+"""Views: from (seed, epoch, sample) to an augmented reading of that sample, named so that it can be drawn again.
+
+Every random number is an integer hash of what names it, computed with wrapping int64 tensor operations: a CPU, a GPU
+and a worker process draw the same bits, in any order, without a generator to save.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop, functional as tvf, v2
+from torchvision.transforms.autoaugment import AutoAugmentPolicy
+
+from kdcli.errors import RecipeError, did_you_mean
+
+MAX = 2**63 - 1  # views are hashes of 63 bits: never negative, so -1 can mean "plain"
+PLAIN = -1
+GREY = 128  # what DiSK fills with
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
+_STEP, _M1, _M2 = (_signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function (Steele, Lea and Flood, OOPSLA 2014): equal inputs stay equal, near ones part."""
+    x = x + _STEP
+    x = (x ^ _shift(x, 30)) * _M1
+    x = (x ^ _shift(x, 27)) * _M2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Logical shift right: int64's own drags the sign along."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def hashed(*parts: int | Tensor) -> Tensor:
+    """63-bit hashes, in [0, 2^63), of a sequence of integers and int64 tensors broadcast together; the order counts."""
+    device = next((part.device for part in parts if isinstance(part, Tensor)), None)
+    out = torch.zeros((), dtype=torch.int64, device=device)
+    for part in parts:
+        out = _mix(out + (part if isinstance(part, Tensor) else part & MAX))
+    return out & MAX
+
+
+def number(*parts: int) -> int:
+    """One 63-bit hash of integers, to seed a generator with."""
+    return int(hashed(*parts))
+
+
+def lot(view: Int[Tensor, " B"], which: int, below: int) -> Int[Tensor, " B"]:
+    """The `which`-th number drawn from each view, uniform in [0, below)."""
+    return (_mix(view + _signed((which + 1) * 0x632BE59BD9B4E019 % 2**64)) & MAX) % below
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a named augmentation does, in this order."""
+
+    resized: bool = False  # RandomResizedCrop, scale 0.08..1, ratio 3/4..4/3
+    crop: bool = False  # pad by size/8, crop back
+    flip: bool = False  # half of the views mirrored
+    auto: bool = False  # AutoAugment's CIFAR-10 policy
+    cutout: bool = False  # one square of half the size set to 0
+    fill: int = 0  # what the crop pads with, 0..255
+
+
+PRESETS: dict[str, Preset] = {
+    "none": Preset(),
+    "flip": Preset(flip=True),
+    "crop": Preset(crop=True),
+    "crop-flip": Preset(crop=True, flip=True),
+    "cutout": Preset(crop=True, flip=True, cutout=True),
+    "disk": Preset(crop=True, flip=True, auto=True, cutout=True, fill=GREY),
+    "imagenet": Preset(resized=True, flip=True),
+}
+AUGMENTS = tuple(PRESETS)
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises RecipeError naming the nearest."""
+    if name not in PRESETS:
+        raise RecipeError(f"data.augment = {name!r}: no such preset", hint=did_you_mean(name, ("auto", *AUGMENTS)))
+    return PRESETS[name]
+
+
+class Views:
+    """One preset at one image size: names views, and draws them.
+
+    `count` is how many views an image has when they are few (crop and flip at 32 pixels: 9 x 9 x 2 = 162; the view is
+    then that number, (dy * 9 + dx) * 2 + flip), else None (the view is a hash everything else is drawn from).
+    """
+
+    def __init__(self, augment: str, size: int) -> None:
+        self.augment, self.size, self.preset = augment, size, preset(augment)
+        self.pad = size // 8 if self.preset.crop else 0
+        self.places = 2 * self.pad + 1
+        finite = not (self.preset.resized or self.preset.auto or self.preset.cutout)
+        self.count = self.places**2 * (1 + self.preset.flip) if finite else None
+        self._policy = v2.AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[GREY] * 3) if self.preset.auto else None
+
+    def draw(self, seed: int, epoch: int, index: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """Each sample's view in this epoch, from (seed, epoch, sample index) alone."""
+        view = hashed(seed, epoch, index)
+        return view if self.count is None else view % self.count
+
+    def apply(self, pixels: Tensor, view: Int[Tensor, " B"]) -> Tensor:
+        """Views of plain images [B,3,S,S] (uint8, or float as stored), same type; a view of -1 is the image itself."""
+        if self.count == 1:
+            return pixels
+        if self.preset.resized:
+            crops = [resized_crop(p, v, self.size) for p, v in zip(pixels, view.tolist(), strict=True)]
+            return torch.stack(crops)
+        plain = view < 0
+        dy, dx, flip = (
+            x.masked_fill(plain, at) for x, at in zip(self._place(view), (self.pad, self.pad, 0), strict=True)
+        )
+        out = _shifted(pixels, dy, dx, flip > 0, self.pad, self.preset.fill)
+        if self._policy is not None:
+            out = self._auto(out, view)
+        if self.preset.cutout:
+            out = _cut(out, lot(view, 3, self.size), lot(view, 4, self.size), plain, self.size // 2)
+        return out
+
+    def _place(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(dy, dx, flip) of each view: its digits when views are numbered, else drawn from its hash."""
+        n, flips = self.places, 2 if self.preset.flip else 1
+        if self.count is None:
+            return lot(view, 0, n), lot(view, 1, n), lot(view, 2, flips)
+        return view // (flips * n), view // flips % n, view % flips
+
+    def _auto(self, pixels: Tensor, view: Tensor) -> Tensor:
+        assert self._policy is not None
+        out = []
+        with torch.random.fork_rng(devices=[]):
+            for image, name in zip(pixels, view.tolist(), strict=True):
+                if name >= 0:
+                    torch.default_generator.manual_seed(name)
+                    image = self._policy(image)
+                out.append(image)
+        return torch.stack(out)
+
+
+def _shifted(pixels: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, pad: int, fill: int) -> Tensor:
+    """Every image padded, cropped back at its own (dy, dx) and mirrored where told: one gather for the batch."""
+    b, c, h, w = pixels.shape
+    padded = F.pad(pixels, (pad,) * 4, value=fill if pixels.dtype == torch.uint8 else fill / 255) if pad else pixels
+    step_y, step_x = torch.arange(h, device=pixels.device), torch.arange(w, device=pixels.device)
+    y = dy[:, None] + step_y
+    x = dx[:, None] + torch.where(flip[:, None], w - 1 - step_x, step_x)
+    place = (y[:, :, None] * padded.shape[3] + x[:, None, :]).view(b, 1, h * w)
+    return padded.flatten(2).gather(2, place.expand(b, c, h * w)).view(b, c, h, w)
+
+
+def _cut(pixels: Tensor, cy: Tensor, cx: Tensor, plain: Tensor, length: int) -> Tensor:
+    """Cutout (DeVries and Taylor, arXiv 1708.04552): a black square of `length` around (cy, cx), clipped."""
+    at = torch.arange(pixels.shape[-1], device=pixels.device)
+    low, high = length // 2, length - length // 2
+    y = (at >= cy[:, None] - low) & (at < cy[:, None] + high) & ~plain[:, None]
+    x = (at >= cx[:, None] - low) & (at < cx[:, None] + high)
+    return pixels.masked_fill((y[:, :, None] & x[:, None, :])[:, None], 0)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator at `seed` within the block and as it was afterwards; no other device's is touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def resized_crop(image, view: int, size: int):
+    """RandomResizedCrop to `size` and flip of one image (PIL, or tensor [3,H,W]), named by its view; -1: only resized.
+
+    Inception's crop (Szegedy et al., CVPR 2015) with torchvision's sampling of scale and ratio.
+    """
+    height, width = (image.height, image.width) if not isinstance(image, Tensor) else image.shape[-2:]
+    top, left, flip = 0, 0, False
+    if view >= 0:
+        with seeded(view):
+            top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+            flip = bool(torch.rand(()) < 0.5)
+    out = tvf.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    return tvf.hflip(out) if flip else out
