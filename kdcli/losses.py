@@ -1,0 +1,99 @@
+"""The losses as pure functions, one equation each.
+
+The student comes first, then the mentor [B, K] or the mentors [M, B, K], then the target; hyper-parameters are
+keyword-only and named as in the papers. Everything is computed in float32 and stays finite, gradient included, for
+logits up to 1e4: probabilities are only ever touched as log-softmax and log-sum-exp.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def soft_loss(
+    student: Float[Tensor, "*B K"], mentor: Float[Tensor, "*M B K"], *, tau: float | Float[Tensor, "..."]
+) -> Float[Tensor, "*M B"]:
+    """tau^2 * KL(softmax(mentor / tau) || softmax(student / tau)) of every sample: class sum, no batch mean.
+
+    ClassroomKD Eq. 7; Hinton et al. 2015 (arXiv 1503.02531). `tau` is a number or broadcasts to [*M, B].
+    """
+    tau = torch.as_tensor(tau, dtype=torch.float32, device=student.device)
+    log_p = F.log_softmax(mentor.float() / tau[..., None], dim=-1)
+    log_q = F.log_softmax(student.float() / tau[..., None], dim=-1)
+    return tau**2 * (log_p.exp() * (log_p - log_q)).sum(-1)  # Eq. 7
+
+
+def kd(student: Float[Tensor, "B K"], mentor: Float[Tensor, "B K"], *, tau: float) -> Float[Tensor, ""]:
+    """Hinton's distillation term: the batch mean of `soft_loss`. papers.md section 8, KD."""
+    return soft_loss(student, mentor, tau=tau).mean()
+
+
+def aver(
+    student: Float[Tensor, "B K"],
+    mentors: Float[Tensor, "M B K"],
+    *,
+    tau: float,
+    form: Literal["sum", "mean"] = "sum",
+) -> Float[Tensor, ""]:
+    """Every mentor weighted alike, without ranks or temperatures of their own: the second term of ClassroomKD Eq. 12.
+
+    `form = "mean"` divides by the number of mentors, as CA-MKD and AE-KD evaluate their AVER.
+    """
+    each = soft_loss(student, mentors, tau=tau).mean(-1)  # [M]
+    return each.sum() if form == "sum" else each.mean()  # Eq. 12
+
+
+def log_mark(out: Float[Tensor, "*M B K"], target: Int[Tensor, " B"]) -> Float[Tensor, "*M B"]:
+    """log p^m_y, of the true class: ClassroomKD Eq. 2-3, as a logarithm so that it cannot underflow."""
+    log_p = F.log_softmax(out.float(), dim=-1)  # Eq. 2
+    return log_p.gather(-1, target.expand(out.shape[:-1])[..., None])[..., 0]  # Eq. 3
+
+
+def log_batch_mark(
+    log_p: Float[Tensor, "*M B"], *, mark_mean: Literal["geometric", "arithmetic"] = "geometric"
+) -> Float[Tensor, "*M"]:
+    """log w^m, one mark per model for the whole batch.
+
+    ClassroomKD Eq. 4 averages the probabilities (`arithmetic`); Algorithm 1 and the authors' code take
+    exp(-mean cross-entropy), their geometric mean (`geometric`).
+    """
+    if mark_mean == "geometric":
+        return log_p.mean(-1)  # Algorithm 1, lines 7-8
+    return log_p.logsumexp(-1) - math.log(log_p.shape[-1])  # Eq. 4
+
+
+def rank_by_share(log_w: Float[Tensor, "M+1 *B"], *, decimals: int | None = None) -> Float[Tensor, "M+1 *B"]:
+    """r^m = lambda * w^m / sum of w over the whole classroom, lambda = the number of mentors.
+
+    ClassroomKD Eq. 5. A share of marks is a softmax of log-marks, which cannot divide by zero. `decimals` rounds the
+    shares first, as the authors' code does (two).
+    """
+    share = log_w.softmax(0)
+    if decimals is not None:
+        share = share.round(decimals=decimals)
+    return (log_w.shape[0] - 1) * share  # Eq. 5
+
+
+def rank_by_position(log_w: Float[Tensor, "M+1 *B"], *, lambda_: float = 0.1) -> Float[Tensor, "M+1 *B"]:
+    """r^m = lambda * place of m when all models are sorted by mark, the worst first and counted from 1.
+
+    ClassroomKD Eq. 13-14 (method B). Equal marks keep the order student, teacher, peers.
+    """
+    order = log_w.argsort(dim=0, stable=True)  # Eq. 13
+    return lambda_ * (order.argsort(dim=0).float() + 1)  # Eq. 14: the inverse permutation is each model's place
+
+
+def performance_gap(
+    r_m: Float[Tensor, "M *B"], r_s: Float[Tensor, " *B"], *, gap: Literal["max", "mentor", "student"] = "max"
+) -> Float[Tensor, "M *B"]:
+    """Delta r^m = |r^m - r^s| / epsilon, ClassroomKD Eq. 8.
+
+    The paper's epsilon cannot be read in our text; `max` is what the authors' code divides by, and for an active
+    mentor the same as `mentor`. `student` can explode while the student knows nothing. Guarded against 0/0.
+    """
+    epsilon = {"max": torch.maximum(r_m, r_s), "mentor": r_m, "student": r_s.expand_as(r_m)}[gap]
+    return (r_m - r_s).abs() / epsilon.clamp_min(torch.finfo(torch.float32).tiny)  # Eq. 8

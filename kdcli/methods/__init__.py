@@ -1,0 +1,55 @@
+"""Methods by name. One lazy dict is the whole registry."""
+
+import importlib
+import inspect
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from kdcli.errors import RecipeError, did_you_mean
+from kdcli.methods.base import Lesson, Method, Phase, Room, Terms, View
+
+METHODS = {
+    "nokd": "kdcli.methods.plain:NoKD",
+    "kd": "kdcli.methods.plain:KD",
+    "aver": "kdcli.methods.plain:Aver",
+    "classroom": "kdcli.methods.classroom:ClassroomKD",
+}
+
+__all__ = ["METHODS", "Lesson", "Method", "Phase", "Room", "Terms", "View", "build", "find", "options"]
+
+
+def find(name: str) -> type[Method]:
+    """The class of a method. Raises RecipeError with the nearest name."""
+    if name not in METHODS:
+        raise RecipeError(f"method.name: no method called {name!r}", hint=did_you_mean(name, METHODS))
+    module, _, cls = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def options(name: str) -> dict[str, inspect.Parameter]:
+    """A method's options: its constructor's keyword arguments."""
+    return dict(list(inspect.signature(find(name).__init__).parameters.items())[1:])
+
+
+def build(name: str, given: dict[str, Any], where: str = "recipe") -> Method:
+    """The method with its options checked against its constructor.
+
+    Raises RecipeError naming the key, what is allowed and the nearest option.
+    """
+    cls, allowed = find(name), options(name)
+    for key in given:
+        if key not in allowed:
+            known = ", ".join(allowed) or "none"
+            raise RecipeError(
+                f"{where}: method.{key}: method {name} has no such option",
+                hint=did_you_mean(key, allowed) or f"Its options: {known}.",
+            )
+    fields: dict[str, Any] = {key: (p.annotation, p.default) for key, p in allowed.items()}
+    try:
+        checked = create_model(name, __config__=ConfigDict(extra="forbid"), **fields).model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{where}: method.{key}: {first['msg']} (given {first['input']!r})") from None
+    return cls(**{key: getattr(checked, key) for key in allowed})
