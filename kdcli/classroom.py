@@ -1,0 +1,241 @@
+"""The classroom: a student and frozen mentors, each normalising and resizing for itself."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kdcli import names, weights
+from kdcli.data import DataSet
+from kdcli.errors import RecipeError, WeightsError
+from kdcli.names import ModelName, Net
+from kdcli.recipe import ClassroomConfig, Recipe
+from kdcli.zoo import RGB, Card
+
+
+class Member(nn.Module):
+    """A network and how it wants its input; pixels in, logits of the data's classes out.
+
+    `mean`, `std` and `input_size` are its own. `class_index` [K] picks the data's classes out of its own.
+    """
+
+    mean_: Tensor
+    std_: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        name: ModelName,
+        *,
+        mean: RGB,
+        std: RGB,
+        input_size: int,
+        interpolation: str,
+        num_classes: int,
+        class_index: Tensor | None = None,
+        origin: str = "",
+        digest: str = "",
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.architecture = name
+        self.name = name.arch  # unique within a classroom
+        self.mean, self.std = mean, std
+        self.input_size, self.interpolation = input_size, interpolation
+        self.num_classes = num_classes  # of its answers
+        self.origin, self.digest = origin, digest
+        self.register_buffer("mean_", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std_", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("class_index", class_index, persistent=False)
+
+    def read(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 S S"]:
+        """Pixels in [0, 1] resized to this network's input size and normalised with its mean and std."""
+        if pixels.shape[-1] != self.input_size or pixels.shape[-2] != self.input_size:
+            mode = self.interpolation if self.interpolation in ("bilinear", "bicubic") else "bicubic"
+            pixels = F.interpolate(pixels, size=(self.input_size, self.input_size), mode=mode, antialias=True)
+        return (pixels - self.mean_) / self.std_
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+        out = self.net(self.read(pixels).to(next(self.net.parameters()).dtype))
+        return out if self.class_index is None else out.index_select(-1, self.class_index)
+
+    def count(self) -> tuple[int, int]:
+        """Parameters, and multiply-adds of one image at this network's own input size."""
+        return names.count(self.net, self.input_size)
+
+
+@dataclass
+class Classroom:
+    """Frozen mentors, the teacher first, and what is needed to seat any number of students beside them."""
+
+    recipe: Recipe
+    data: DataSet
+    mentors: list[Member]
+    device: torch.device
+    student_name: ModelName
+    notes: list[tuple[str, object, str]] = field(default_factory=list)
+    """(what, value, why) of everything that was chosen for the user."""
+
+    def student(self, seed: int) -> Member:
+        """A student with the initial weights that `seed` names, or the weights its name gives (`@...`)."""
+        name, data = self.student_name, self.data
+        found = weights.choose(
+            name,
+            role="student",
+            data_hash=data.hash,
+            num_classes=len(data.classes),
+            data_name=data.name,
+            class_map=False,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = names.create(name, len(data.classes), pretrained=found.pretrained)
+        if found.state is not None:
+            weights.fill(net.module, found.state, arch=name.arch, where=name.typed)
+        card, own = found.card, found.pretrained  # weights that come with values of their own keep them
+        member = Member(
+            net.module,
+            name,
+            mean=card.mean if card else net.mean if own else data.mean,
+            std=card.std if card else net.std if own else data.std,
+            input_size=card.image_size if card else net.input_size if net.fixed_size else data.image_size,
+            interpolation=card.interpolation if card else net.interpolation,
+            num_classes=len(data.classes),
+            origin=found.origin,
+        )
+        return member.to(self.device)
+
+
+def seat(recipe: Recipe, data: DataSet, device: torch.device, *, mentors: bool = True) -> Classroom:
+    """Resolve the recipe's names and load its mentors (frozen, in eval mode).
+
+    Raises RecipeError for a name nobody knows, WeightsError for weights that are missing or do not fit.
+    """
+    config = recipe.classroom
+    if not config.student:
+        raise RecipeError("no student is named", hint="Add --student NAME; `kdcli models` searches the names.")
+    student = names.resolve(config.student)
+    notes: list[tuple[str, object, str]] = list(data.notes)
+    if student.guessed:
+        notes.append((student.typed, student.full, "the only name that fits"))
+    taught = [config.teacher, *config.peers] if config.teacher else list(config.peers)
+    if config.peers and not config.teacher:
+        raise RecipeError("peers without a teacher", hint="Name the largest mentor with --teacher.")
+    members = [_mentor(spec, config, data, notes) for spec in taught] if mentors else []
+    _make_unique(members)
+    return Classroom(recipe, data, [m.to(device) for m in members], device, student, notes)
+
+
+def from_card(card: Card, state: dict[str, Tensor]) -> Member:
+    """The network a card describes, with its weights, reading its input as the card says."""
+    name = names.resolve(card.architecture)
+    net = names.create(name, card.num_classes)
+    weights.fill(net.module, state, arch=name.arch, where=card.name)
+    return Member(
+        net.module,
+        name,
+        mean=card.mean,
+        std=card.std,
+        input_size=card.image_size,
+        interpolation=card.interpolation,
+        num_classes=card.num_classes,
+        origin=card.origin,
+        digest=card.sha256,
+    ).eval()
+
+
+def _mentor(spec: str, config: ClassroomConfig, data: DataSet, notes: list[tuple[str, object, str]]) -> Member:
+    name = names.resolve(spec)
+    if name.guessed:
+        notes.append((name.typed, name.full, "the only name that fits"))
+    found = weights.choose(
+        name,
+        role="mentor",
+        data_hash=data.hash,
+        num_classes=len(data.classes),
+        data_name=data.name,
+        class_map=config.class_map != "off",
+    )
+    notes.append((name.full, found.origin, "weights"))
+    card = found.card
+    if found.pretrained:
+        net = names.create(name, None, pretrained=True)
+    else:
+        net = names.create(name, found.num_classes)
+        assert found.state is not None
+        weights.fill(net.module, found.state, arch=name.arch, where=name.typed)
+    if card is not None:
+        net.classes = card.classes or net.classes
+    library = found.pretrained or (name.source != "zoo" and found.num_classes == names.has_pretrained(name))
+    size = card.image_size if card else net.input_size if (library or net.fixed_size) else data.image_size
+    member = Member(
+        net.module,
+        name,
+        mean=card.mean if card else net.mean,
+        std=card.std if card else net.std,
+        input_size=size,
+        interpolation=card.interpolation if card else net.interpolation,
+        num_classes=len(data.classes),
+        class_index=map_classes(name, net, data, config),
+        origin=found.origin,
+        digest=weights.digest(net.module),
+    )
+    return member.requires_grad_(False).eval()
+
+
+def map_classes(name: ModelName, net: Net, data: DataSet, config: ClassroomConfig) -> Tensor | None:
+    """For every class of the data its column in the mentor's answer, or None where they agree.
+
+    Raises WeightsError when the counts differ and no map was asked for, or a class has no counterpart.
+    """
+    k = len(data.classes)
+    if config.class_map == "off":
+        if net.num_classes == k:
+            return None
+        raise WeightsError(
+            f"{name.full} answers {net.num_classes} classes, {data.name} has {k}",
+            hint="`--set classroom.class_map=auto` matches classes by WordNet id or name; "
+            f"or train a mentor: `kdcli train --model {name.arch} --data {data.name}`.",
+        )
+    table: dict[str, int] = {}
+    for labels in (net.classes, net.wnids):
+        for column, label in enumerate(labels or []):
+            for part in (label, *label.split(", ")):
+                table.setdefault(_fold(part), column)
+    given = config.class_map if isinstance(config.class_map, dict) else {}
+    columns: list[int] = []
+    missing: list[str] = []
+    for i, label in enumerate(data.classes):
+        wnid = data.wnids[i] if data.wnids else label
+        wanted = given.get(label, given.get(wnid, wnid))
+        column = wanted if isinstance(wanted, int) else table.get(_fold(wanted), table.get(_fold(label)))
+        if column is None or not 0 <= column < net.num_classes:
+            missing.append(label)
+        else:
+            columns.append(column)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise WeightsError(
+            f"{name.full}: no class of its {net.num_classes} goes by the name of {shown}",
+            hint='Say which: [classroom.class_map] with lines like "my class" = "golf ball", or a column number.',
+        )
+    if len(set(columns)) < k:
+        raise WeightsError(
+            f"{name.full}: two classes of {data.name} map to the same one of its classes",
+            hint="Give each its own in [classroom.class_map].",
+        )
+    return torch.tensor(columns)
+
+
+def _fold(label: str) -> str:
+    return label.lower().replace("_", " ").replace("-", " ").strip()
+
+
+def _make_unique(members: list[Member]) -> None:
+    seen: dict[str, int] = {}
+    for member in members:
+        seen[member.name] = seen.get(member.name, 0) + 1
+        if seen[member.name] > 1:
+            member.name = f"{member.name}#{seen[member.name]}"

@@ -1,0 +1,182 @@
+"""Methods side by side: one stream, one answer of the mentors, every learner trained as if it were alone."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from kdcli import distill, run as runs
+from kdcli.classroom import Classroom
+from kdcli.engine import EpochEnd, Session, Step
+from kdcli.recipe import Recipe
+from kdcli.run import Run
+
+CONTROL = "nokd"
+Follow = Callable[[Iterator[Step | EpochEnd], str], None]
+"""Runs a training to its end under a label."""
+
+
+@dataclass
+class Line:
+    """One method's row: percent and percentage points."""
+
+    method: str
+    seeds: list[int]
+    top1: list[float]  # each seed's, of what would be shipped
+    best: list[float]
+    mean: float
+    spread: float | None  # standard deviation over seeds; None for one seed
+    gain: float | None  # mean paired difference to the control
+    gain_spread: float | None  # its standard deviation
+    interval: tuple[float, float] | None  # 95 % of the mean paired difference (Student's t)
+    verdict: str
+    published: float | None = None
+    published_gain: float | None = None
+
+
+@dataclass
+class Comparison:
+    """What a compare found."""
+
+    lines: list[Line]
+    runs: dict[str, str] = field(default_factory=dict)  # learner -> folder
+    source: str = ""  # of the published figures
+    epoch: str = ""  # which epoch they report
+
+    def line(self, method: str) -> Line:
+        return next(line for line in self.lines if line.method == method)
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def learners(recipe: Recipe, methods: list[str], seeds: list[int]) -> dict[str, Recipe]:
+    """A recipe for every method and seed, the control first, each as its own `distill` would run it."""
+    names = list(dict.fromkeys([CONTROL, *methods]))
+    return {f"{m}-{seed}": recipe.with_method(m).with_(**{"train.seed": seed}) for m in names for seed in seeds}
+
+
+def open_session(recipe: Recipe, methods: list[str], seeds: list[int], classroom: Classroom, run: Run) -> Session:
+    """All learners over one stream, each with its own folder inside the compare's."""
+    recipes = learners(recipe, methods, seeds)
+    return distill.open_session(recipes, classroom, run, {name: Run(run.path / name) for name in recipes})
+
+
+def start(session: Session, classroom: Classroom, recipe: Recipe, methods: list[str], seeds: list[int]) -> None:
+    """Lay out the compare's folder and every learner's inside it."""
+    _lay_out(session.run, classroom, recipe, methods, seeds, independent=False)
+    _lay_out_learners(session, classroom)
+
+
+def _lay_out(
+    run: Run, classroom: Classroom, recipe: Recipe, methods: list[str], seeds: list[int], *, independent: bool
+) -> None:
+    names = list(dict.fromkeys([CONTROL, *methods]))
+    method = recipe.method.name if recipe.method.name in names else names[-1]
+    facts = {
+        **distill.facts_of(classroom),
+        "methods": names,
+        "train_seeds": seeds,
+        "independent": independent,
+        "stands_for": f"{method}-{seeds[0]}",  # wherever one run is wanted: never the best seed, but the first
+    }
+    run.start(recipe, runs.provenance("compare", recipe, **facts))
+
+
+def _lay_out_learners(session: Session, classroom: Classroom) -> None:
+    facts = distill.facts_of(classroom)
+    for learner in session.learners:
+        session.runs[learner.name].start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
+
+
+def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
+    """Train all learners and write compare.json; yields what `engine.train` yields."""
+    yield from distill.go(session, resume=resume)
+    run = session.run
+    runs.write_text(run.path / "compare.json", summarise(run).json())
+
+
+def independent(
+    recipe: Recipe, methods: list[str], seeds: list[int], device: torch.device, run: Run, follow: Follow
+) -> Comparison:
+    """As `go`, but every seed has its own stream too (data.seed = train.seed), one stream after the other."""
+    for n, seed in enumerate(seeds):
+        own = recipe.with_(**{"data.seed": seed})
+        _, classroom = distill.open_room(own, device)
+        session = open_session(own, methods, [seed], classroom, Run(run.path / f".seed-{seed}"))
+        session.runs = {learner.name: Run(run.path / learner.name) for learner in session.learners}
+        if n == 0:
+            _lay_out(run, classroom, recipe, methods, seeds, independent=True)
+        session.run.path.mkdir()
+        _lay_out_learners(session, classroom)
+        follow(distill.go(session), f"seed {seed}: {len(session.learners)} students")
+        session.run.remove()
+    found = summarise(run)
+    runs.write_text(run.path / "compare.json", found.json())
+    return found
+
+
+def summarise(run: Run) -> Comparison:
+    """The table of a finished compare, from its learners' folders."""
+    facts, expect = run.provenance, run.recipe.expect
+    seeds, lines, folders = facts["train_seeds"], [], {}
+    control: list[float] = []
+    for method in facts["methods"]:
+        results = [distill.result(f"{method}-{seed}", Run(run.path / f"{method}-{seed}")) for seed in seeds]
+        folders |= {one.name: str(one.run.path) for one in results}
+        top1 = [one.top1 for one in results]
+        control = control or top1
+        line = _line(method, seeds, top1, [one.best for one in results], control)
+        if expect:
+            line.published = expect.top1.get(method)
+            if line.published is not None and CONTROL in expect.top1 and method != CONTROL:
+                line.published_gain = round(line.published - expect.top1[CONTROL], 4)
+        lines.append(line)
+    return Comparison(lines, folders, expect.source if expect else "", expect.epoch if expect else "")
+
+
+def _line(method: str, seeds: list[int], top1: list[float], best: list[float], control: list[float]) -> Line:
+    spread = statistics.stdev(top1) if len(top1) > 1 else None
+    line = Line(method, seeds, top1, best, statistics.mean(top1), spread, None, None, None, "control")
+    if method == CONTROL:
+        return line
+    differences = [a - b for a, b in zip(top1, control, strict=True)]
+    line.gain = statistics.mean(differences)
+    if len(differences) == 1:
+        line.verdict = "one seed: no verdict"
+        return line
+    line.gain_spread = statistics.stdev(differences)
+    half = _t95(len(differences) - 1) * line.gain_spread / len(differences) ** 0.5
+    line.interval = (line.gain - half, line.gain + half)
+    line.verdict = "within noise" if abs(line.gain) <= half else "better" if line.gain > 0 else "worse"
+    return line
+
+
+def _t95(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t."""
+    from scipy.stats import t  # comes with scikit-learn
+
+    return float(t.ppf(0.975, freedom))
+
+
+def table(comparison: Comparison) -> dict[str, Any]:
+    """Title, columns and rows of the table a terminal shows."""
+    columns = ["method", "top-1 %", "gain", "95 % interval", "verdict"]
+    published = any(line.published is not None for line in comparison.lines)
+    if published:
+        columns += ["published", "its gain"]
+    rows = []
+    for line in comparison.lines:
+        mean = f"{line.mean:.2f}" + (f" ± {line.spread:.2f}" if line.spread is not None else "")
+        gain = "" if line.gain is None else f"{line.gain:+.2f}"
+        interval = f"{line.interval[0]:+.2f} to {line.interval[1]:+.2f}" if line.interval else ""
+        row = [line.method, mean, gain, interval, line.verdict]
+        if published:
+            row.append("" if line.published is None else f"{line.published:.2f}")
+            row.append("" if line.published_gain is None else f"{line.published_gain:+.2f}")
+        rows.append(row)
+    seeds = comparison.lines[0].seeds
+    return {"title": f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}", "columns": columns, "rows": rows}

@@ -1,0 +1,82 @@
+"""What this machine can do: devices, and the precision each computes fastest."""
+
+import torch
+
+from kdcli.errors import RecipeError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick(name: str | None) -> torch.device:
+    """The device asked for, else the best one here. Raises RecipeError for a device this machine lacks."""
+    if name in (None, "auto"):
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(str(name))
+    except RuntimeError:
+        raise RecipeError(f"--device {name}: no such device", hint="Allowed: auto, cpu, cuda, cuda:N, mps.") from None
+    cure = "Leave --device out to use what is here; `kdcli doctor` shows it."
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"--device {name}: this machine has no CUDA device that torch can use", hint=cure)
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise RecipeError(f"--device {name}: only {torch.cuda.device_count()} CUDA devices here", hint=cure)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RecipeError(f"--device {name}: this machine has no Apple GPU that torch can use", hint=cure)
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise RecipeError(f"--device {name}: kdcli runs on cpu, cuda and mps", hint=cure)
+    return device
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 here: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private, so absent ones mean no
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return False
+
+
+def precision(asked: str, device: torch.device, *, frozen: bool) -> tuple[str, str]:
+    """The precision to run at, and why. `frozen` networks take bfloat16 wherever it is fast, students only on CUDA.
+
+    Raises RecipeError for fp16 where nothing computes it.
+    """
+    if asked == "auto":
+        units = has_bf16_units(device)
+        if units and (frozen or device.type == "cuda"):
+            return "bf16", "this device computes bfloat16 fast"
+        return "fp32", "float32 students on this device" if units else "no fast bfloat16 here"
+    if asked == "fp16" and device.type == "cpu":
+        raise RecipeError(
+            "fp16 on a CPU: float16 convolutions are slower than float32 there",
+            hint="Use precision = bf16 or fp32, or a CUDA device.",
+        )
+    return asked, "as asked"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return DTYPES[name]
+
+
+def describe(device: torch.device) -> str:
+    """A device in words, for provenance and tables."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return str(device)
+
+
+def _cpu_name() -> str:
+    import platform
+    from pathlib import Path
+
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
