@@ -1,0 +1,127 @@
+"""Latency and throughput of exported files, side by side: timed in turn, so that what slows the machine slows all."""
+
+import gc
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcli.errors import KdcliError
+from kdcli.export.onnx import OnnxModel
+
+SEED = 0  # of the pictures and of each round's order
+FEWEST = 10  # rounds that a time limit leaves, for a percentile to mean something
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one file took. Milliseconds are per call, and a call is one batch."""
+
+    name: str
+    path: Path
+    p50: float  # ms
+    p90: float
+    p99: float
+    images_per_second: float  # images over the time of all timed calls
+    threads: int
+    batch: int
+    runs: int  # timed calls
+    provider: str
+    size: int  # bytes
+
+    def row(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def bench(
+    models: dict[str, Path],
+    *,
+    batch: int = 1,
+    threads: int | None = None,
+    warmup: int = 20,
+    runs: int = 200,
+    seconds: float | None = None,
+) -> list[Timing]:
+    """Time the ONNX files of `models` (name -> path) in onnxruntime on the CPU, in the order given.
+
+    Every file is called `warmup` times untimed. Then come `runs` rounds: each calls every file once, in an order
+    drawn anew per round from a fixed seed, so that a slow second of the machine, or a file's warm cache, favours none
+    and ratios are fair. `seconds` ends the rounds early, after at least 10 (or `runs`, when fewer). `threads` is set
+    on every session; None is torch's count. Pictures are random, as time does not depend on them.
+
+    Raises KdcliError for a batch that a file with a fixed batch does not take, and for numbers that mean nothing;
+    WeightsError (exit 3) for a file that cannot be read.
+    """
+    if not models:
+        raise KdcliError("bench: no files to time", hint="Name one or more: kdcli bench student.onnx teacher.onnx")
+    least = {
+        "batch": (batch, 1),
+        "threads": (1 if threads is None else threads, 1),
+        "warmup": (warmup, 0),
+        "runs": (runs, 1),
+    }
+    for name, (value, low) in least.items():
+        if value < low:
+            raise KdcliError(
+                f"bench: {name} = {value}, which must be {low} or more", hint=f"For example `--{name} {max(low, 1)}`."
+            )
+    threads = torch.get_num_threads() if threads is None else threads
+    loaded = {name: OnnxModel(path, threads=threads) for name, path in models.items()}
+    for name, model in loaded.items():
+        if model.batch not in (None, batch):
+            raise KdcliError(
+                f"{name} ({model.path}) takes batches of {model.batch} only, not {batch}",
+                hint=f"Use `--batch {model.batch}`, or export it again without a fixed batch.",
+            )
+    rng = np.random.default_rng(SEED)
+    pixels = {n: rng.random((batch, 3, m.input_size, m.input_size), np.float32) for n, m in loaded.items()}
+    spent = _rounds(loaded, pixels, rng, warmup, runs, seconds)
+    out = []
+    for name, model in loaded.items():
+        p50, p90, p99 = np.percentile(spent[name], [50, 90, 99]).tolist()
+        rate = batch * len(spent[name]) / max(sum(spent[name]) / 1e3, 1e-12)
+        done = len(spent[name])
+        out.append(Timing(name, model.path, p50, p90, p99, rate, threads, batch, done, model.provider, model.size))
+    return out
+
+
+def _rounds(
+    loaded: dict[str, OnnxModel],
+    pixels: dict[str, np.ndarray],
+    rng: np.random.Generator,
+    warmup: int,
+    runs: int,
+    seconds: float | None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every timed call, by name."""
+    spent: dict[str, list[float]] = {name: [] for name in loaded}
+    names = list(loaded)
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would be charged to whichever file it fell on
+    try:
+        start = 0.0
+        for turn in range(-warmup, runs):
+            if turn == 0:
+                start = time.perf_counter()
+            if turn >= FEWEST and seconds is not None and time.perf_counter() - start >= seconds:
+                break
+            for i in rng.permutation(len(names)):
+                name = names[i]
+                before = time.perf_counter_ns()
+                loaded[name].run(pixels[name])
+                after = time.perf_counter_ns()
+                if turn >= 0:
+                    spent[name].append((after - before) / 1e6)
+    finally:
+        if collecting:
+            gc.enable()
+    return spent
+
+
+def ratio(one: Timing, other: Timing) -> float:
+    """How many times faster `one` is than `other`, by their medians per image."""
+    return (other.p50 / other.batch) / (one.p50 / one.batch)
