@@ -1,0 +1,115 @@
+"""A classroom looked over without training: sizes, scores, one dry step and what the whole would cost."""
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kdcli import distill
+from kdcli.classroom import Classroom
+from kdcli.data import DataSet
+from kdcli.evaluate import score_answers
+from kdcli.recipe import Recipe
+from kdcli.run import Run
+
+CLOSE_TO_CHANCE = 2.0  # a mentor below this many times the accuracy of guessing is warned of
+
+
+@dataclass
+class Seat:
+    """A row of the classroom's table."""
+
+    role: str
+    name: str
+    params: int
+    macs: int  # multiply-adds of one image at its own input size
+    input_size: int
+    top1: float | None  # percent on the images looked at; None for a student
+    origin: str
+
+
+@dataclass
+class Look:
+    """What `kdcli check` found."""
+
+    seats: list[Seat]
+    words: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[tuple[str, object, str]] = field(default_factory=list)
+    next: str = ""
+
+
+def look(recipe: Recipe, device: torch.device, images: int) -> Look:
+    """Resolve, load, score the mentors on up to `images` test images (0: all), take a few steps and throw them away."""
+    teaches = recipe.method.name != "nokd"
+    data, classroom = distill.open_room(recipe, device, mentors=teaches)
+    student = classroom.student(recipe.train.seed)
+    params, macs = student.count()
+    seats = [Seat("student", student.name, params, macs, student.input_size, None, student.origin or "from scratch")]
+    found = Look(seats, notes=classroom.notes, next=_next(recipe))
+    step, update, batches = _dry_steps(recipe, classroom)
+    seen = 0
+    for n, mentor in enumerate(classroom.mentors):
+        params, macs = mentor.count()
+        top1, seen = _score(mentor, data, images, device)
+        role = "teacher" if n == 0 else "peer"
+        seats.append(Seat(role, mentor.name, params, macs, mentor.input_size, top1, mentor.origin))
+        chance = 100 / len(data.classes)
+        if top1 < CLOSE_TO_CHANCE * chance:
+            found.warnings.append(
+                f"{mentor.name} scores {top1:.2f} %, guessing {chance:.2f} %: its classes, its normalisation or its "
+                "weights do not fit this data."
+            )
+    if classroom.mentors:
+        sizes = [seat.params for seat in seats[1:]]
+        found.words.append(
+            f"mentors' parameters: (n+1)t {len(sizes) * sizes[0] / 1e6:.2f} M, 1t+np {sum(sizes) / 1e6:.2f} M; "
+            f"student {seats[0].params / 1e6:.2f} M (as ClassroomKD Table 7)"
+        )
+        found.words.append(f"mentors scored on {seen} of {len(data.test)} test images")
+    hours = update * batches * recipe.train.epochs / 3600
+    found.words.append(f"{len(data.train)} training images, {len(data.test)} test images, {len(data.classes)} classes")
+    found.words.append(
+        f"one step {1000 * update:.0f} ms here ({step}), {batches} steps an epoch, {recipe.train.epochs} epochs: "
+        f"about {hours:.1f} h"
+    )
+    return found
+
+
+def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
+    """Real steps of the real recipe in a folder that vanishes: what was run, seconds a step, steps an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "dry")
+        session = distill.open_session({recipe.method.name: recipe}, classroom, run, {recipe.method.name: run})
+        learner = session.learners[0]
+        learner.begin_epoch(0, lambda: iter(()))
+        times = []
+        for number, batch in enumerate(session.stream.epoch(0)):
+            began = time.perf_counter()
+            learner.step(batch, session.mentors.answer(batch), 0, number, number)
+            learner.check()  # waits for the device, so the clock is true
+            times.append(time.perf_counter() - began)
+            if number == 2:
+                break
+        return f"the fastest of {len(times)} dry steps", min(times), len(session.stream)
+
+
+def _score(mentor: torch.nn.Module, data: DataSet, images: int, device: torch.device) -> tuple[float, int]:
+    out, target, seen = [], [], 0
+    with torch.inference_mode():
+        for batch in data.test.plain(128, device):
+            out.append(mentor(batch.pixels).float().cpu())
+            target.append(batch.target.cpu())
+            seen += len(batch.index)
+            if images and seen >= images:
+                break
+    return score_answers(torch.cat(out), torch.cat(target)).top1, seen
+
+
+def _next(recipe: Recipe) -> str:
+    c = recipe.classroom
+    peers = f" --peers {','.join(c.peers)}" if c.peers else ""
+    teacher = f" --teacher {c.teacher}" if c.teacher else ""
+    return f"kdcli distill{teacher}{peers} --student {c.student} --data {recipe.data.name}"

@@ -1,0 +1,138 @@
+"""kdcli compare: methods and seeds on one classroom, with the no-teacher control."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+EXAMPLES = (
+    "kdcli compare --methods aver,classroom",
+    "kdcli compare --recipe cifar100/r56-r20 --methods kd,aver,classroom --seeds 3",
+)
+
+
+def compare(
+    methods: Annotated[
+        str, typer.Option(help="Methods separated by commas; the control is always added.", metavar="A,B")
+    ] = "aver,classroom",
+    seeds: Annotated[str, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.")] = "2",
+    independent: Annotated[
+        bool, typer.Option("--independent", help="Tie the stream of pictures to the seed instead of sharing one.")
+    ] = False,
+    run: o.RunName = None,
+    data: o.Data = None,
+    student: o.Student = None,
+    teacher: o.Teacher = None,
+    peers: o.Peers = None,
+    method: o.Method = None,
+    recipe: o.From = None,
+    epochs: o.Epochs = None,
+    sets: o.Set = None,
+    data_root: o.Root = None,
+    skip_corrupt: o.SkipCorrupt = False,
+    device: o.Device = None,
+    out: o.Out = None,
+    resume: o.Resume = None,
+    json: o.Json = False,
+) -> None:
+    """Compare methods on one classroom: same pictures, same mentors, paired differences, a verdict.
+
+    Without a recipe the newest run's classroom is used, and with no run at all the quickstart's.
+    """
+    o.no_flags_with_resume(
+        resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
+        set=sets, out=out, independent=independent,
+    )  # fmt: skip
+    from kdcli import device as devices, run as runs
+    from kdcli.cli import show
+    from kdcli.errors import RecipeError
+
+    picked = devices.pick(device)
+    if resume:
+        folder = runs.find(resume, learner=False)
+        if folder.kind != "compare":
+            raise RecipeError(f"{folder.path} is not a compare", hint=f"kdcli distill --resume {folder.path}")
+        facts = folder.provenance
+        found = resumed(folder, facts, picked, quiet=json)
+    else:
+        base, why = (recipe, "as asked") if recipe or data else _base(run)
+        config, notes = o.assemble(
+            base, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
+            epochs=epochs, skip_corrupt=skip_corrupt, sets=sets,
+        )  # fmt: skip
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        if not names:
+            raise RecipeError("--methods: no method is named", hint="For example --methods aver,classroom")
+        if why != "as asked":
+            notes.append(("classroom", why, "no recipe or data was given"))
+        found = compared(config, names, o.seeds(seeds), picked, out, notes, independent=independent, quiet=json)
+        folder = found[1]
+    if json:
+        print(found[0].json())
+        return
+    show_comparison(found[0])
+    show.console.print(f"[dim]run[/] {folder.path}")
+    best = max(found[0].lines, key=lambda line: line.mean)
+    show.next_line(f"kdcli export --onnx {folder.path / f'{best.method}-{best.seeds[0]}'}")
+
+
+def _base(run):
+    """The newest run's recipe, or the quickstart's when nothing was ever run here."""
+    from kdcli import recipe as recipes, run as runs
+
+    if run is None and not runs.every():
+        return recipes.load("quickstart"), "the quickstart's (there is no run here)"
+    found = runs.find(run, learner=False)
+    return found.recipe, f"that of run {found.name}"
+
+
+def compared(config, names, seeds, device, out, notes, *, independent=False, quiet=False):
+    """Run a comparison; returns it and its folder."""
+    from kdcli import compare as room, distill, methods as known, quickstart
+    from kdcli.cli import show
+
+    for name in names:
+        known.find(name)
+    if config.title == quickstart.recipe().title:
+        quickstart.prepare_mentors(config, device, lambda e, s: show.follow(e, s, quiet=quiet))
+    folder = distill.run_folder(out, config, "compare")
+    if independent:
+        return room.independent(
+            config, names, seeds, device, folder, lambda e, s: show.follow(e, s, quiet=quiet)
+        ), folder
+    _, classroom = distill.open_room(config, device)
+    session = room.open_session(config, names, seeds, classroom, folder)
+    if not quiet:
+        show.notes([*notes, *classroom.notes])
+    room.start(session, classroom, config, names, seeds)
+    show.follow(room.go(session), f"{len(session.learners)} students", quiet=quiet)
+    return room.summarise(folder), folder
+
+
+def resumed(folder, facts, device, *, quiet=False):
+    """Continue a compare where it stopped."""
+    from kdcli import compare as room, distill
+    from kdcli.cli import show
+
+    if not folder.finished:
+        config = folder.recipe
+        _, classroom = distill.open_room(config, device)
+        distill.same_room(folder, classroom)
+        session = room.open_session(config, facts["methods"], facts["train_seeds"], classroom, folder)
+        show.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
+    return room.summarise(folder), folder
+
+
+def show_comparison(comparison) -> None:
+    """The table, with what its words mean."""
+    from kdcli import compare as room
+    from kdcli.cli import show
+
+    table = room.table(comparison)
+    show.table(table["columns"], table["rows"], title=table["title"])
+    if comparison.source:
+        show.console.print(f"[dim]published: {comparison.source} ({comparison.epoch} epoch)[/]")
+    show.console.print(
+        "[dim]top-1: mean ± spread over seeds, of what ships; gain: points over nokd, the control, paired by seed.[/]"
+    )

@@ -1,0 +1,91 @@
+"""kdcli distill: one student, one method."""
+
+from kdcli.cli import options as o
+
+EXAMPLES = (
+    "kdcli distill --teacher resnet34 --peers mobilenetv3_small,regnetx_004 --student resnet18 --data imagenet",
+    "kdcli distill --recipe cifar100/r110-r20 --epochs 60",
+)
+
+
+def distill(
+    data: o.Data = None,
+    student: o.Student = None,
+    teacher: o.Teacher = None,
+    peers: o.Peers = None,
+    method: o.Method = None,
+    recipe: o.From = None,
+    epochs: o.Epochs = None,
+    seed: o.Seed = None,
+    sets: o.Set = None,
+    data_root: o.Root = None,
+    skip_corrupt: o.SkipCorrupt = False,
+    device: o.Device = None,
+    out: o.Out = None,
+    resume: o.Resume = None,
+    json: o.Json = False,
+) -> None:
+    """Train one student with one method; the newest run is then what export, evaluate and bench take."""
+    o.no_flags_with_resume(
+        resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
+        seed=seed, set=sets, out=out,
+    )  # fmt: skip
+    from kdcli import device as devices, distill as room, run as runs
+    from kdcli.cli import show
+
+    picked = devices.pick(device)
+    if resume:
+        run = runs.find(resume, learner=False)
+        if run.kind == "compare":
+            from kdcli.errors import RecipeError
+
+            raise RecipeError(f"{run.path} is a compare", hint=f"kdcli compare --resume {run.path}")
+        config, notes = run.recipe, []
+    else:
+        config, notes = o.assemble(
+            recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
+            epochs=epochs, seed=seed, skip_corrupt=skip_corrupt, sets=sets,
+        )  # fmt: skip
+        run = room.run_folder(out, config, config.method.name)
+    outcome = train_one(config, run, picked, "distill", notes=notes, resume=bool(resume), quiet=json)
+    if json:
+        show.as_json(outcome)
+        return
+    show.next_line("kdcli export --onnx")
+
+
+def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, keep=None):
+    """Train one recipe into `run` and print its outcome; shared by distill and train."""
+    from kdcli import distill as room
+    from kdcli.cli import show
+
+    teaches = config.method.name != "nokd"
+    data, classroom = room.open_room(config, device, mentors=teaches)
+    session = room.open_session({config.method.name: config}, classroom, run, {config.method.name: run}, keep)
+    if not quiet:
+        show.notes([*notes, *classroom.notes])
+    if resume:
+        room.same_room(run, classroom)
+        if run.finished:
+            from kdcli.errors import RecipeError
+
+            raise RecipeError(f"{run.path} is finished", hint="`kdcli runs show` prints it.")
+    else:
+        room.start(session, kind, classroom)
+    show.follow(room.go(session, resume=resume), config.method.name, quiet=quiet)
+    result = room.result(config.method.name, run)
+    if not quiet:
+        published = config.expect.top1.get(config.method.name) if config.expect else None
+        rows = [["top-1 %", f"{result.top1:.2f}"], ["of epoch", result.epoch]]
+        rows += [["last epoch %", f"{result.last:.2f}"], [f"best epoch % ({result.best_epoch})", f"{result.best:.2f}"]]
+        if config.expect and published is not None:
+            measured = result.best if config.expect.epoch == "best" else result.last
+            within = abs(measured - published) <= config.expect.tolerance
+            rows.append([f"published ({config.expect.epoch} epoch) %", f"{published:.2f}"])
+            rows.append(["", "reproduced" if within else f"off by {measured - published:+.2f}"])
+        show.table(["", f"{data.name} test"], rows)
+        show.console.print(f"[dim]run[/] {run.path}")
+    return {
+        "run": str(run.path), "top1": result.top1, "epoch": result.epoch, "last": result.last, "best": result.best,
+        "best_epoch": result.best_epoch,
+    }  # fmt: skip

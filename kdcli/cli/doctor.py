@@ -1,0 +1,31 @@
+"""kdcli doctor: what this machine can do."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+EXAMPLES = ("kdcli doctor", "kdcli doctor --no-test --json")
+
+
+def doctor(
+    test: Annotated[bool, typer.Option("--test/--no-test", help="Train, export and check a tiny student.")] = True,
+    json: o.Json = False,
+) -> None:
+    """Devices, precisions, versions, data roots, and a self-test of under a minute."""
+    from kdcli import doctor as room
+    from kdcli.cli import show
+    from kdcli.errors import KdcliError
+
+    found = room.examine(self_test=test)
+    if json:
+        show.as_json(found)
+    else:
+        for part, facts in found.items():
+            show.table([part, ""], [[key, value] for key, value in facts.items()], left=2)
+            show.console.print()
+    if test and found["self-test"]["result"] != "passed":
+        raise KdcliError("the self-test failed", hint="The table above says where; `--debug` shows the traceback.")
+    if not json:
+        show.next_line("kdcli quickstart")

@@ -1,0 +1,66 @@
+"""kdcli evaluate: any run, checkpoint or ONNX file on any data."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+EXAMPLES = ("kdcli evaluate", "kdcli evaluate student.onnx --data folder:pictures --mentors")
+
+
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A run, an ONNX file or NAME@WEIGHTS; default: the newest run.", metavar="[RUN|FILE|NAME]"),
+    ] = None,
+    data: o.Data = None,
+    split: Annotated[str, typer.Option(help="test, train or holdout.")] = "test",
+    mentors: Annotated[bool, typer.Option("--mentors", help="Also how often it agrees with each mentor.")] = False,
+    sets: o.Set = None,
+    data_root: o.Root = None,
+    skip_corrupt: o.SkipCorrupt = False,
+    device: o.Device = None,
+    json: o.Json = False,
+) -> None:
+    """Top-1, top-5, loss, calibration and every class's accuracy of a run, a checkpoint or an exported file."""
+    from dataclasses import asdict
+
+    from kdcli import device as devices, evaluate as room
+    from kdcli.cli import show
+    from kdcli.cli.subject import subject
+    from kdcli.errors import DataError, RecipeError
+
+    picked = devices.pick(device)
+    what = subject(model, data=data, root=data_root, sets=sets, skip_corrupt=skip_corrupt, device=picked)
+    part = {"test": what.data.test, "train": what.data.train, "holdout": what.data.holdout}.get(split)
+    if split not in ("test", "train", "holdout"):
+        raise RecipeError(f"--split {split}: no such part", hint="Allowed: test, train, holdout.")
+    if part is None:
+        raise DataError(f"{what.data.name} has no held-out slice", hint="--set data.holdout=0.1, or --split test.")
+    teachers = {}
+    if mentors:
+        if what.run is None:
+            raise RecipeError("--mentors needs a run, whose recipe names them", hint="kdcli evaluate RUN --mentors")
+        from kdcli.classroom import seat
+
+        teachers = {m.name: m for m in seat(what.run.recipe, what.data, picked).mentors}
+    result = room.report(what.model, part, what.data.classes, picked, teachers)
+    if json:
+        show.as_json({"model": what.name, "data": what.data.name, "split": split, **asdict(result)})
+        return
+    rows = [
+        ["images", result.images],
+        ["top-1 %", f"{result.top1:.2f}"],
+        ["top-5 %", f"{result.top5:.2f}"],
+        ["loss", f"{result.loss:.4f}"],
+        ["calibration error %", f"{result.calibration:.2f}"],
+        *[[f"agrees with {name} %", f"{value:.2f}"] for name, value in result.agreement.items()],
+    ]
+    show.table([what.name, f"{what.data.name} {split}"], rows)
+    worst = sorted(result.per_class.items(), key=lambda item: item[1])
+    if len(worst) > 20:
+        worst = worst[:20]
+        show.console.print(f"[dim]the 20 hardest of {len(result.per_class)} classes; --json has all[/]")
+    show.table(["class", "top-1 %"], [[name, f"{value:.1f}"] for name, value in worst])
+    show.next_line("kdcli export --onnx" if what.run else "kdcli bench")

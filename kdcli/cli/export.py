@@ -1,0 +1,58 @@
+"""kdcli export: the student as one checked ONNX file."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+EXAMPLES = ("kdcli export --onnx", "kdcli export --onnx runs/my-run --batch 1 --file student.onnx")
+
+
+def export(
+    run: o.RunName = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX (the format there is).")] = True,
+    batch: Annotated[int | None, typer.Option(help="A fixed batch size; default: any.", min=1)] = None,
+    opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
+    file: Annotated[str | None, typer.Option(help="Where to write (default RUN/student.onnx).")] = None,
+    data_root: o.Root = None,
+    json: o.Json = False,
+) -> None:
+    """Write the student as one ONNX file, pixels in [0, 1] to logits, checked in onnxruntime before it is named."""
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from kdcli.cli import show
+    from kdcli.cli.subject import subject
+    from kdcli.export.onnx import export_onnx
+
+    what = subject(run, data=None, root=data_root, sets=None, skip_corrupt=False, device="cpu")
+    assert what.run is not None
+    path = Path(file) if file else what.run.path / "student.onnx"
+    done = export_onnx(
+        what.model, what.data.test.take(64), path, batch=batch, opset=opset, metadata=about(what.run, what.data)
+    )
+    if json:
+        show.as_json(asdict(done))
+        return
+    rows = [
+        ["size", show.size(done.size)],
+        ["batch", "any" if done.dynamic else batch],
+        ["opset", done.opset],
+        ["checked on", f"{done.checked_on} images in onnxruntime"],
+        ["same first answer %", f"{done.agreement:.2f}"],
+        ["largest difference", f"{done.max_difference:.2e}"],
+    ]
+    show.table([str(done.path), ""], rows)
+    show.next_line(f"kdcli bench {done.path}")
+
+
+def about(run, data) -> dict[str, str]:
+    """What an exported file says of itself."""
+    import json
+
+    facts = run.provenance
+    return {
+        "run": str(run.path), "dataset": data.name, "classes": json.dumps(data.classes), "recipe": facts["recipe"],
+        "top1": f"{facts['top1']:.2f}",
+    }  # fmt: skip

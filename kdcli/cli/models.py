@@ -1,0 +1,49 @@
+"""kdcli models: search the names."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+EXAMPLES = ("kdcli models mobilenet", "kdcli models 'cifar_*' --classes 100 --image-size 32")
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(help="A part of the name, or a pattern with *.")] = "cifar_*",
+    source: Annotated[str | None, typer.Option(help="Only zoo, timm or torchvision.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Count parameters for this many classes.", min=1)] = None,
+    image_size: Annotated[int | None, typer.Option(help="Count multiply-adds at this size.", min=8)] = None,
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1)] = 40,
+    json: o.Json = False,
+) -> None:
+    """Search timm, torchvision and the zoo: parameters, multiply-adds, input size, weights."""
+    from kdcli import names, zoo
+    from kdcli.cli import show
+    from kdcli.errors import RecipeError
+
+    if source not in (None, *names.SOURCES):
+        raise RecipeError(f"--source {source}: no such source", hint="Allowed: zoo, timm, torchvision.")
+    hits = names.search(pattern, source)
+    if not hits:
+        raise RecipeError(f"no model's name holds {pattern!r}", hint="`kdcli models resnet`, or a pattern with *.")
+    trained: dict[str, list[str]] = {}
+    for card in zoo.cards():
+        if zoo.weights_path(card):
+            trained.setdefault(card.architecture, []).append(card.dataset)
+    found = []
+    for name in hits[:limit]:
+        facts = names.facts(name, classes, image_size)
+        found.append({"name": name.arch, "source": name.source, **facts, "zoo": trained.get(name.full, [])})
+    if json:
+        show.as_json(found)
+        return
+    rows = [
+        [f["name"], f["source"], f"{f['params']:,}", show.count(f["macs"]), f"{f['input_size']} px", f["num_classes"],
+         ", ".join([*(["pretrained"] if f["pretrained"] else []), *f["zoo"]])]
+        for f in found
+    ]  # fmt: skip
+    show.table(["name", "source", "parameters", "multiply-adds", "input", "classes", "weights"], rows, left=2)
+    if len(hits) > limit:
+        show.console.print(f"[dim]{len(hits) - limit} more; --limit {len(hits)} shows them[/]")
+    show.next_line(f"kdcli train --model {hits[0].arch} --data NAME")

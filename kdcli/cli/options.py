@@ -1,0 +1,112 @@
+"""The flags that mean the same in every command, and how they become a recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcli import recipe as recipes
+from kdcli.errors import RecipeError, did_you_mean
+from kdcli.recipe import Recipe
+
+KINDS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "npz")
+
+Data = Annotated[
+    str | None, typer.Option(help="digits, cifar10, cifar100, imagenet[:DIR], folder:DIR or npz:FILE.", metavar="NAME")
+]
+Root = Annotated[str | None, typer.Option(help="Where data sets lie (default: KDCLI_DATA).", metavar="DIR")]
+Student = Annotated[str | None, typer.Option(help="The network that learns and ships.", metavar="NAME")]
+Teacher = Annotated[str | None, typer.Option(help="The largest mentor.", metavar="NAME[@WEIGHTS]")]
+Peers = Annotated[str | None, typer.Option(help="Further mentors, separated by commas.", metavar="A,B,C")]
+Method = Annotated[str | None, typer.Option(help="classroom (default), aver, kd or nokd.", metavar="NAME")]
+Epochs = Annotated[int | None, typer.Option(help="Length of the training.", min=1)]
+Seed = Annotated[int | None, typer.Option(help="Initial weights and noise (train.seed).", min=0)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, mps; default: the best here.", metavar="NAME")]
+Out = Annotated[str | None, typer.Option(help="The run's folder (default runs/<time>-<student>-<method>).")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any recipe key, e.g. train.lr=0.01. Repeatable.", metavar="KEY=VALUE")
+]
+From = Annotated[str | None, typer.Option("--recipe", help="A recipe file or a built-in name.", metavar="RECIPE")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
+Resume = Annotated[str | None, typer.Option(help="Continue this run where it stopped.", metavar="RUN")]
+SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")]
+RunName = Annotated[str | None, typer.Argument(help="A run's folder or name; default: the newest.", metavar="[RUN]")]
+
+
+def assemble(
+    base: Recipe | str | None = None,
+    *,
+    data: str | None = None,
+    root: str | None = None,
+    student: str | None = None,
+    teacher: str | None = None,
+    peers: str | None = None,
+    method: str | None = None,
+    epochs: int | None = None,
+    seed: int | None = None,
+    skip_corrupt: bool = False,
+    sets: list[str] | None = None,
+) -> tuple[Recipe, list[tuple[str, object, str]]]:
+    """The recipe that flags add up to: defaults for the data, then the recipe, then flags, then --set.
+
+    Returns it with notes on what was chosen for the user.
+    """
+    notes: list[tuple[str, object, str]] = []
+    given = recipes.parse_set(sets or [])
+    flags: dict[str, Any] = {
+        "data.name": data,
+        "data.root": str(Path(root).expanduser()) if root else None,
+        "data.skip_corrupt": True if skip_corrupt else None,
+        "classroom.student": student,
+        "classroom.teacher": teacher,
+        "classroom.peers": [name.strip() for name in peers.split(",") if name.strip()] if peers is not None else None,
+        "train.epochs": epochs,
+        "train.seed": seed,
+    }
+    over = {key: value for key, value in flags.items() if value is not None}
+    if isinstance(base, Recipe):
+        start = base
+    else:
+        name = base or _defaults(data or str(given.get("data.name") or ""))
+        if base is None:
+            notes.append(("training", f"recipe {name}", "no --recipe was given"))
+        start = recipes.load(name)
+    if method:
+        start = start.with_method(method)
+    return start.with_(**{**over, **given}), notes
+
+
+def _defaults(data: str) -> str:
+    """The built-in recipe with the training settings that suit a data set."""
+    if not data:
+        raise RecipeError("no data is named", hint="Add --data NAME or --recipe NAME; `kdcli data ls` lists data.")
+    kind = data.partition(":")[0]
+    if kind not in KINDS:
+        raise RecipeError(
+            f"data.name: no data set called {data!r}",
+            hint=f"{did_you_mean(kind, KINDS)} Your own pictures are folder:DIR, one folder a class.".strip(),
+        )
+    return f"defaults/{'cifar' if kind.startswith('cifar') else kind}"
+
+
+def seeds(text: str) -> list[int]:
+    """`3` is seeds 0, 1, 2; `4,7` is those two."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or (len(numbers) == 1 and "," not in text and numbers[0] == 0):
+        raise RecipeError(f"--seeds {text}: not a number of seeds or a list", hint="--seeds 3, or --seeds 4,7")
+    if len(set(numbers)) < len(numbers):
+        raise RecipeError(f"--seeds {text}: a seed is named twice", hint="Each seed once.")
+    return list(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
+
+
+def no_flags_with_resume(resume: str | None, **flags: object) -> None:
+    """A resumed run goes on as it began; a flag that would change it is refused."""
+    extra = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value]
+    if resume and extra:
+        raise RecipeError(
+            f"--resume continues a run with its own recipe; {', '.join(extra)} would change it",
+            hint="Leave the flag out, or start a new run.",
+        )

@@ -1,0 +1,85 @@
+"""kdcli quickstart: the whole story on real pictures, in minutes, on a CPU."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+EXAMPLES = ("kdcli quickstart", "kdcli quickstart --seeds 3 --json")
+
+
+def quickstart(
+    seeds: Annotated[str, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.")] = "2",
+    epochs: o.Epochs = None,
+    sets: o.Set = None,
+    device: o.Device = "cpu",
+    out: o.Out = None,
+    json: o.Json = False,
+) -> None:
+    """Train a teacher and two peers on handwritten digits, distil a tiny student, compare, export, verify, time."""
+    import time
+    from dataclasses import asdict
+
+    from kdcli import device as devices, quickstart as room
+    from kdcli.cli import show
+    from kdcli.cli.compare import show_comparison
+
+    config, _ = o.assemble("quickstart", epochs=epochs, sets=sets)
+    began = time.perf_counter()
+    say = (lambda *_: None) if json else show.console.print
+    per_class = config.data.per_class
+    say(
+        f"Real handwritten digits (scikit-learn). Mentors learn from all training images, students from "
+        f"{per_class or 'all'} of each digit.",
+    )
+    story = room.tell(config, o.seeds(seeds), devices.pick(device), out, lambda e, s: show.follow(e, s, quiet=json))
+    seconds = time.perf_counter() - began
+    if json:
+        show.as_json({
+            "run": str(story.run.path), "seconds": round(seconds, 1), "comparison": asdict(story.comparison),
+            "shipped": [asdict(row) for row in story.shipped],
+        })  # fmt: skip
+        return
+    show.notes(story.classroom.notes)
+    show.console.print()
+    show_comparison(story.comparison)
+    show.console.print()
+    show.table(
+        ["", *(f"{row.role}" for row in story.shipped)],
+        [
+            ["network", *(row.name for row in story.shipped)],
+            ["top-1 % in torch", *(f"{row.top1_torch:.2f}" for row in story.shipped)],
+            ["top-1 % in onnxruntime", *(f"{row.top1_onnx:.2f}" for row in story.shipped)],
+            ["parameters", *(f"{row.params:,}" for row in story.shipped)],
+            ["multiply-adds", *(show.count(row.macs) for row in story.shipped)],
+            ["file", *(show.size(row.size) for row in story.shipped)],
+            ["latency p50 ms", *(f"{row.p50:.3f}" for row in story.shipped)],
+            ["latency p90 ms", *(f"{row.p90:.3f}" for row in story.shipped)],
+        ],
+        title=f"Shipping report (seed {o.seeds(seeds)[0]}; latency: onnxruntime, 1 image, 1 thread, alternating)",
+    )
+    show.console.print(f"\n{_gained(story)}")
+    show.console.print(f"[dim]{seconds:.0f} s; everything is in {story.run.path}[/]")
+    learner = story.run.path / f"classroom-{o.seeds(seeds)[0]}"
+    show.console.print("\nThen, with your own pictures (one folder a class):")
+    show.console.print("  kdcli train --model resnet34@pretrained --data folder:DIR")
+    show.console.print("  kdcli distill --teacher resnet34 --student mobilenetv3_small --data folder:DIR")
+    show.next_line(f"kdcli evaluate {learner}")
+
+
+def _gained(story) -> str:
+    """What distillation brought, in one honest sentence."""
+    line = story.comparison.line("classroom")
+    words = {
+        "better": "more than the seeds' noise explains",
+        "worse": "so here distillation hurt",
+        "within noise": "which these seeds cannot tell from noise",
+    }
+    verdict = words.get(line.verdict, "but one seed proves nothing: try --seeds 3")
+    teacher, _, student = story.shipped
+    return (
+        f"ClassroomKD changed the student's accuracy by {line.gain:+.2f} points on average over {len(line.seeds)} "
+        f"seed(s), {verdict}. It is {teacher.params / student.params:.0f} times smaller than its teacher and "
+        f"{teacher.p50 / student.p50:.1f} times as fast here."
+    )

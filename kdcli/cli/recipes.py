@@ -1,0 +1,67 @@
+"""kdcli recipes: the built-in recipes, listed, shown and copied."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+app = typer.Typer(no_args_is_help=True, help="The built-in recipes: list, show, copy.")
+
+
+@app.command("ls", epilog="Examples:\n\nkdcli recipes ls\n\nkdcli recipes ls cifar100")
+def ls(
+    part: Annotated[str, typer.Argument(help="Only names that hold this.")] = "",
+    json: o.Json = False,
+) -> None:
+    """List the built-in recipes."""
+    from kdcli import recipe as recipes
+    from kdcli.cli import show
+
+    found = [(name, recipes.load(name)) for name in recipes.names() if part in name]
+    if json:
+        show.as_json([{"name": name, "title": one.title, "source": one.source} for name, one in found])
+        return
+    rows = [
+        [name, one.title, "" if not one.expect else f"{one.expect.top1.get(one.method.name, 0):.2f}"]
+        for name, one in found
+    ]
+    show.table(["recipe", "what", "published %"], rows, left=2)
+    show.next_line(f"kdcli recipes cat {found[0][0] if found else 'quickstart'}")
+
+
+@app.command("cat", epilog="Examples:\n\nkdcli recipes cat quickstart\n\nkdcli recipes cat cifar100/r56-r20 --whole")
+def cat(
+    name: Annotated[str, typer.Argument(help="A built-in name or a file.")],
+    whole: Annotated[bool, typer.Option("--whole", help="With all it extends and every default.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Print a recipe as it is written, or whole."""
+    from kdcli import recipe as recipes
+    from kdcli.cli import show
+
+    if json:
+        show.as_json(recipes.load(name).model_dump(mode="json"))
+    elif whole:
+        print(recipes.load(name).toml(), end="")
+    else:
+        print(recipes.find(name).read_text(encoding="utf-8"), end="")
+
+
+@app.command("cp", epilog="Examples:\n\nkdcli recipes cp quickstart my.toml\n\nkdcli recipes cp cifar100/r110-r20")
+def cp(
+    name: Annotated[str, typer.Argument(help="A built-in name or a file.")],
+    to: Annotated[Path | None, typer.Argument(help="The new file (default: the recipe's name here).")] = None,
+) -> None:
+    """Copy a recipe, with all it extends, to edit it."""
+    from kdcli import recipe as recipes, run as runs
+    from kdcli.cli import show
+    from kdcli.errors import RecipeError
+
+    target = to or Path(Path(name).with_suffix(".toml").name)
+    if target.exists():
+        raise RecipeError(f"{target} exists", hint="Name another file.")
+    runs.write_text(target, recipes.load(name).toml())
+    show.console.print(f"{target}")
+    show.next_line(f"kdcli check --recipe {target}")

@@ -1,0 +1,88 @@
+"""kdcli runs: what was trained here."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+app = typer.Typer(no_args_is_help=True, help="The runs under runs/: list, show, remove.")
+
+
+@app.command("ls", epilog="Examples:\n\nkdcli runs ls\n\nkdcli runs ls --json")
+def ls(json: o.Json = False) -> None:
+    """List the runs, the oldest first."""
+    from kdcli import run as runs
+    from kdcli.cli import show
+
+    found = []
+    for run in runs.every():
+        facts, recipe = run.provenance, run.recipe
+        found.append({
+            "run": run.name, "kind": run.kind, "student": recipe.classroom.student, "method": recipe.method.name,
+            "data": recipe.data.name, "top1": facts.get("top1"), "finished": run.finished, "size": run.size(),
+            "started": facts.get("started"),
+        })  # fmt: skip
+    if json:
+        show.as_json(found)
+        return
+    if not found:
+        show.console.print("no runs here yet")
+        show.next_line("kdcli quickstart")
+        return
+    rows = [
+        [f["run"], f["kind"], f["student"], f["method"], f["data"],
+         "" if f["top1"] is None else f"{f['top1']:.2f}", "done" if f["finished"] else "stopped", show.size(f["size"])]
+        for f in found
+    ]  # fmt: skip
+    show.table(["run", "kind", "student", "method", "data", "top-1 %", "state", "size"], rows, left=5)
+    last = found[-1]
+    show.next_line(f"kdcli runs show {last['run']}")
+
+
+@app.command("show", epilog="Examples:\n\nkdcli runs show\n\nkdcli runs show runs/my-run --json")
+def show_run(run: o.RunName = None, json: o.Json = False) -> None:
+    """Show a run: where it comes from and its last metrics."""
+    from kdcli import run as runs
+    from kdcli.cli import show
+
+    found = runs.find(run, learner=False)
+    facts, rows = found.provenance, found.metrics()
+    if json:
+        show.as_json({"run": str(found.path), "provenance": facts, "metrics": rows})
+        return
+    plain = ("kind", "command", "started", "device", "recipe", "top1", "epoch", "best", "best_epoch")
+    lines = [[key, facts[key]] for key in plain if key in facts]
+    lines += [["data", f"{facts['data']['name']} ({facts['data']['hash'][:12]})"]]
+    lines += [[f"mentor {name}", f"{m['architecture']} ({m['sha256'][:12]})"] for name, m in facts["mentors"].items()]
+    lines += [["state", "done" if found.finished else f"stopped after {len(rows)} epochs"]]
+    show.table([found.name, ""], lines, left=2)
+    if found.kind == "compare":
+        if found.finished:
+            from kdcli import compare
+            from kdcli.cli.compare import show_comparison
+
+            show_comparison(compare.summarise(found))
+    elif rows:
+        show.table(["last epoch", ""], [[key, f"{value:.4g}"] for key, value in rows[-1].items()])
+    verb = "compare" if found.kind == "compare" else "train" if found.kind == "train" else "distill"
+    show.next_line(
+        "kdcli export --onnx " + str(found.path) if found.finished else f"kdcli {verb} --resume {found.path}"
+    )
+
+
+@app.command("rm", epilog="Examples:\n\nkdcli runs rm my-run\n\nkdcli runs rm my-run --yes")
+def rm(
+    run: Annotated[str, typer.Argument(help="A run's folder or name.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a run's folder."""
+    from kdcli import run as runs
+    from kdcli.cli import show
+
+    found = runs.find(run, learner=False)
+    if not yes:
+        typer.confirm(f"Remove {found.path} ({show.size(found.size())})?", abort=True)
+    found.remove()
+    show.console.print(f"removed {found.path}")
+    show.next_line("kdcli runs ls")

@@ -1,0 +1,79 @@
+"""kdcli train: one model alone, into the user's zoo."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+EXAMPLES = (
+    "kdcli train --model resnet34@pretrained --data folder:pictures",
+    "kdcli train --model cifar_resnet14 --data cifar100 --recipe cifar100/mentor --keep 20,60",
+)
+
+
+def train(
+    model: Annotated[str, typer.Option(help="NAME trains from scratch, NAME@pretrained fine-tunes.", metavar="NAME")],
+    data: o.Data = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Epochs whose weights are kept as mentors of lesser skill.", metavar="E1,E2")
+    ] = None,
+    recipe: o.From = None,
+    epochs: o.Epochs = None,
+    seed: o.Seed = None,
+    sets: o.Set = None,
+    data_root: o.Root = None,
+    skip_corrupt: o.SkipCorrupt = False,
+    device: o.Device = None,
+    out: o.Out = None,
+    resume: o.Resume = None,
+    json: o.Json = False,
+) -> None:
+    """Train or fine-tune one model and add it to your zoo, where its bare name finds it for the same data."""
+    o.no_flags_with_resume(resume, data=data, recipe=recipe, epochs=epochs, seed=seed, set=sets, out=out, keep=keep)
+    from kdcli import device as devices, distill as room, run as runs
+    from kdcli.cli import show
+    from kdcli.cli.distill import train_one
+
+    picked = devices.pick(device)
+    if resume:
+        run = runs.find(resume)
+        config, notes = run.recipe, []
+        wanted = set(run.provenance.get("keep", []))
+    else:
+        config, notes = o.assemble(
+            recipe, data=data, root=data_root, student=model, method="nokd", epochs=epochs, seed=seed,
+            skip_corrupt=skip_corrupt, sets=sets,
+        )  # fmt: skip
+        config = config.with_(**{"classroom.teacher": None, "classroom.peers": []})
+        run = room.run_folder(out, config, "train")
+        wanted = _epochs(keep, config.train.epochs)
+    outcome = train_one(config, run, picked, "train", notes=notes, resume=bool(resume), quiet=json, keep=wanted)
+    added = into_zoo(run)
+    if json:
+        show.as_json({**outcome, "zoo": added.model_dump()})
+        return
+    show.console.print(f"[dim]zoo[/] {added.architecture} on {added.dataset}, {added.top1:.2f} % ({added.sha256[:12]})")
+    for epoch in sorted(wanted):
+        show.console.print(f"[dim]kept[/] {model.partition('@')[0]}@{run.path}#{epoch}")
+    show.next_line(f"kdcli distill --teacher {model.partition('@')[0]} --student NAME --data {config.data.name}")
+
+
+def into_zoo(run):
+    """Add a finished run's student to the user's zoo."""
+    from kdcli import weights, zoo
+
+    card = zoo.read_card(run.path / "student.toml")
+    return zoo.add(weights.load_state(run.path / "student.safetensors"), card)
+
+
+def _epochs(text: str | None, last: int) -> set[int]:
+    from kdcli.errors import RecipeError
+
+    try:
+        wanted = {int(part) for part in (text or "").split(",") if part.strip()}
+    except ValueError:
+        raise RecipeError(f"--keep {text}: not a list of epochs", hint="For example --keep 20,60") from None
+    if any(not 1 <= epoch <= last for epoch in wanted):
+        raise RecipeError(f"--keep {text}: this training has epochs 1 to {last}", hint="Name epochs within it.")
+    return wanted

@@ -1,0 +1,106 @@
+"""kdcli zoo: trained mentors, with score, hash, licence and origin."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+app = typer.Typer(no_args_is_help=True, help="Trained mentors: list, add, verify.")
+
+
+@app.command("ls", epilog="Examples:\n\nkdcli zoo ls\n\nkdcli zoo ls --json")
+def ls(json: o.Json = False) -> None:
+    """List the models of your zoo and the cards that ship with kdcli."""
+    from kdcli import zoo
+    from kdcli.cli import show
+
+    cards = zoo.cards()
+    if json:
+        show.as_json([{**card.model_dump(mode="json"), "weights": str(zoo.weights_path(card) or "")} for card in cards])
+        return
+    rows = [
+        [card.architecture, card.dataset, "" if card.top1 is None else f"{card.top1:.2f}", card.epoch,
+         card.sha256[:12], card.licence, card.origin, "here" if zoo.weights_path(card) else "card only"]
+        for card in cards
+    ]  # fmt: skip
+    show.table(["architecture", "data", "top-1 %", "epoch", "sha256", "licence", "origin", "weights"], rows, left=2)
+    show.next_line("kdcli train --model NAME --data NAME")
+
+
+@app.command(
+    "add",
+    epilog="Examples:\n\nkdcli zoo add runs/my-run\n\nkdcli zoo add net.th --data cifar10",
+)
+def add(
+    what: Annotated[str, typer.Argument(help="A run, or a checkpoint file.")],
+    architecture: Annotated[str | None, typer.Option(help="What the checkpoint is, unless a card knows it.")] = None,
+    data: o.Data = None,
+    licence: Annotated[str, typer.Option(help="Under which licence it may be used.")] = "",
+    data_root: o.Root = None,
+    json: o.Json = False,
+) -> None:
+    """Add a run's student or a checkpoint file to your zoo; a file is scored on its data first."""
+    from kdcli import run as runs
+    from kdcli.cli import show
+    from kdcli.cli.train import into_zoo
+
+    if Path(what).is_file():
+        card = _from_file(Path(what), architecture, data, licence, data_root)
+    else:
+        card = into_zoo(runs.find(what))
+    if json:
+        show.as_json(card.model_dump(mode="json"))
+        return
+    show.console.print(f"added {card.line()} ({card.sha256[:12]})")
+    show.next_line("kdcli zoo ls")
+
+
+@app.command("verify", epilog="Examples:\n\nkdcli zoo verify\n\nkdcli zoo verify --json")
+def verify(json: o.Json = False) -> None:
+    """Check every file of your zoo against its card's sha256."""
+    from kdcli import zoo
+    from kdcli.cli import show
+    from kdcli.errors import WeightsError
+
+    found = [(card, *zoo.verify(card)) for card in zoo.cards(shipped=False)]
+    if json:
+        show.as_json([{"model": card.line(), "state": state, "detail": detail} for card, state, detail in found])
+    else:
+        show.table(["model", "state", ""], [[card.line(), state, detail] for card, state, detail in found], left=3)
+    bad = [card for card, state, _ in found if state != "ok"]
+    if bad:
+        paths = ", ".join(str(card.path) for card in bad)
+        raise WeightsError(
+            f"{len(bad)} of {len(found)} models are not what their cards say: {paths}",
+            hint="Remove the card and its weights, and train the model again with `kdcli train`.",
+        )
+
+
+def _from_file(path: Path, architecture: str | None, data: str | None, licence: str, root: str | None):
+    import torch
+
+    from kdcli import engine, zoo
+    from kdcli.classroom import seat
+    from kdcli.data import open_data
+    from kdcli.errors import RecipeError
+    from kdcli.evaluate import score
+    from kdcli.recipe import Recipe
+
+    known = zoo.identify(path)
+    architecture = architecture or (known.architecture if known else None)
+    if architecture is None or data is None:
+        raise RecipeError(
+            f"{path}: which network is it, and for which data?", hint="Add --architecture NAME --data NAME."
+        )
+    over = {"data.name": data, "data.root": root} if root else {"data.name": data}
+    recipe = Recipe().with_(
+        **over, **{"classroom.student": architecture, "classroom.teacher": f"{architecture}@{path}"}
+    )
+    opened = open_data(recipe.data)
+    member = seat(recipe, opened, torch.device("cpu")).mentors[0]
+    top1 = score(member, opened.test, torch.device("cpu")).top1
+    card = engine.card(member, opened, None, top1, known.origin if known else str(path))
+    card = card.model_copy(update={"licence": licence or (known.licence if known else "")})
+    return zoo.add(member.net.state_dict(), card)

@@ -1,0 +1,89 @@
+"""The whole story on real pictures that come with scikit-learn: mentors, students, a comparison, a shipped file."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from kdcli import compare, distill, recipe as recipes, run as runs, weights, zoo
+from kdcli.classroom import Classroom
+from kdcli.compare import Comparison
+from kdcli.errors import WeightsError
+from kdcli.names import resolve
+from kdcli.recipe import Recipe
+from kdcli.report.shipping import Shipped, ship
+from kdcli.run import Run
+
+METHODS = ["aver", "classroom"]
+MENTOR_EPOCHS = 12
+Follow = Callable[[Iterator[Any], str], None]
+
+
+@dataclass
+class Story:
+    """What a quickstart did."""
+
+    run: Run
+    classroom: Classroom
+    comparison: Comparison
+    shipped: list[Shipped]
+
+
+def recipe() -> Recipe:
+    """The built-in quickstart recipe."""
+    return recipes.load("quickstart")
+
+
+def tell(config: Recipe, seeds: list[int], device: torch.device, out: str | None, follow: Follow) -> Story:
+    """Train the mentors, compare the methods, export and time teacher, control and ClassroomKD's student."""
+    folder = distill.run_folder(out, config, "quickstart")
+    train_mentors(config, device, follow)
+    data, classroom = distill.open_room(config, device)
+    session = compare.open_session(config, METHODS, seeds, classroom, folder)
+    compare.start(session, classroom, config, METHODS, seeds)
+    follow(compare.go(session), f"{len(session.learners)} students")
+    found = compare.summarise(folder)
+    by_name = {learner.name: learner.graduate() for learner in session.learners}
+    first = seeds[0]  # never the best seed
+    members = {
+        "teacher": classroom.mentors[0],
+        "control": by_name[f"{compare.CONTROL}-{first}"],
+        "student": by_name[f"classroom-{first}"],
+    }
+    learner = Run(folder.path / f"classroom-{first}")
+    facts = {"run": str(learner.path), "dataset": data.name, "classes": json.dumps(data.classes)}
+    shipped = ship(members, data, folder.path, facts)
+    runs.write_text(folder.path / "shipping.json", json.dumps([asdict(row) for row in shipped], indent=1))
+    return Story(folder, classroom, found, shipped)
+
+
+def train_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:
+    """Train the recipe's mentors on all of its training set, and put them into the user's zoo.
+
+    The students see a part of that set only (`data.per_class`): what the mentors know of the rest is what there is
+    to gain.
+    """
+    for name in dict.fromkeys([config.classroom.teacher, *config.classroom.peers]):
+        arch = resolve(str(name)).arch
+        own = config.model_dump(exclude_none=True)
+        own["data"].pop("per_class", None)
+        own["classroom"] = {"student": arch}
+        own["method"] = {"name": "nokd"}
+        own["train"] |= {"epochs": MENTOR_EPOCHS, "seed": 0, "eval_every": MENTOR_EPOCHS}
+        solo = recipes.from_dict(own, "quickstart mentor")
+        _, classroom = distill.open_room(solo, device, mentors=False)
+        folder = runs.new(arch, "train")
+        session = distill.open_session({"nokd": solo}, classroom, folder, {"nokd": folder})
+        distill.start(session, "train", classroom)
+        follow(distill.go(session), f"mentor {arch}")
+        zoo.add(weights.load_state(folder.path / "student.safetensors"), zoo.read_card(folder.path / "student.toml"))
+
+
+def prepare_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:
+    """Train the quickstart's mentors unless the zoo has them."""
+    try:
+        distill.open_room(config, device)
+    except WeightsError:
+        train_mentors(config, device, follow)
