@@ -1,5 +1,7 @@
 """Learning-rate schedules: timm's, and the two presets of the CIFAR papers written in timm's terms."""
 
+from bisect import bisect_right
+
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -12,6 +14,13 @@ TIMM = ("cosine", "tanh", "step", "multistep", "poly")
 PRESETS = ("crd", "classroom", "constant")
 MILESTONES = (150, 180, 210)  # of 240 epochs; other lengths keep the proportions
 FALL = 5  # the classroom preset falls from lr to lr / 5 during the first half
+
+
+class Milestones(MultiStepLRScheduler):
+    """The rate falls once each number of epochs is over; timm's own lets the last of them have the lower rate too."""
+
+    def get_curr_decay_steps(self, t: int) -> int:
+        return bisect_right(self.decay_t, t)
 
 
 def base_lr(config: TrainConfig) -> float:
@@ -28,11 +37,10 @@ def build(optimizer: Optimizer, config: TrainConfig, epochs: int, steps_per_epoc
     Raises RecipeError for an unknown name.
     """
     name = config.schedule
+    warm = (config.warmup_epochs, config.warmup_lr)
     if name in ("crd", "classroom"):
-        falling = {"warmup_t": epochs // 2, "warmup_lr_init": config.lr} if name == "classroom" else {}
-        warm = {"warmup_t": config.warmup_epochs, "warmup_lr_init": config.warmup_lr} if config.warmup_epochs else {}
-        milestones = [round(epochs * at / 240) for at in MILESTONES]
-        return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, **(falling or warm))
+        falling = (epochs // 2, config.lr) if name == "classroom" else warm
+        return _milestones(optimizer, [round(epochs * at / 240) for at in MILESTONES], 0.1, falling)
     if name not in (*TIMM, *PRESETS):
         known = (*PRESETS, *TIMM)
         raise RecipeError(f"train.schedule: no schedule called {name!r}", hint=did_you_mean(name, known))
@@ -41,13 +49,14 @@ def build(optimizer: Optimizer, config: TrainConfig, epochs: int, steps_per_epoc
             f'train.decay_epochs: schedule = "{name}" needs the epochs at which the rate falls',
             hint='For example --set "train.decay_epochs=[30, 60, 90]".',
         )
+    if name == "multistep":
+        return _milestones(optimizer, sorted(config.decay_epochs), config.decay_rate, warm)
     by_update = name in ("cosine", "tanh", "poly")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="step" if name == "constant" else name,
         num_epochs=epochs,
         decay_epochs=epochs + 1 if name == "constant" else (config.decay_epochs or [epochs + 1])[0],
-        decay_milestones=config.decay_epochs,
         decay_rate=config.decay_rate,
         min_lr=config.min_lr,
         warmup_lr=config.warmup_lr,
@@ -57,6 +66,13 @@ def build(optimizer: Optimizer, config: TrainConfig, epochs: int, steps_per_epoc
     )
     assert scheduler is not None
     return scheduler
+
+
+def _milestones(optimizer: Optimizer, epochs: list[int], rate: float, warm: tuple[int, float]) -> Scheduler:
+    """x `rate` after each of `epochs`, counted from the start of the training and not from the end of its warm-up."""
+    return Milestones(
+        optimizer, decay_t=epochs, decay_rate=rate, warmup_t=warm[0], warmup_lr_init=warm[1], warmup_prefix=False
+    )
 
 
 def set_lr(scheduler: Scheduler, epoch: int, update: int) -> None:
