@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+GAP_LIMIT = 100.0
+"""Largest gap of Eq. 8. At the temperatures beyond, tau^2 * KL has reached its limit (the squared difference of centred
+logits / 2K), and float32 would give its rounding errors or, tau^2 being infinite, no number."""
+
 
 def soft_loss(
     student: Float[Tensor, "*B K"], mentor: Float[Tensor, "*M B K"], *, tau: float | Float[Tensor, "..."]
@@ -21,7 +25,8 @@ def soft_loss(
 
     ClassroomKD Eq. 7; Hinton et al. 2015 (arXiv 1503.02531). `tau` is a number or broadcasts to [*M, B].
     """
-    tau = torch.as_tensor(tau, dtype=torch.float32, device=student.device)
+    if not isinstance(tau, Tensor):
+        tau = torch.full((), tau, dtype=torch.float32, device=student.device)  # a copied number would make a GPU wait
     log_p = F.log_softmax(mentor.float() / tau[..., None], dim=-1)
     log_q = F.log_softmax(student.float() / tau[..., None], dim=-1)
     return tau**2 * (log_p.exp() * (log_p - log_q)).sum(-1)  # Eq. 7
@@ -93,7 +98,9 @@ def performance_gap(
     """Delta r^m = |r^m - r^s| / epsilon, ClassroomKD Eq. 8.
 
     The paper's epsilon cannot be read in our text; `max` is what the authors' code divides by, and for an active
-    mentor the same as `mentor`. `student` can explode while the student knows nothing. Guarded against 0/0.
+    mentor the same as `mentor`. Guarded against 0/0, and at GAP_LIMIT, which only `student` (while it knows nothing)
+    and `mentor` (for one that is not active) can reach.
     """
     epsilon = {"max": torch.maximum(r_m, r_s), "mentor": r_m, "student": r_s.expand_as(r_m)}[gap]
-    return (r_m - r_s).abs() / epsilon.clamp_min(torch.finfo(torch.float32).tiny)  # Eq. 8
+    gaps = (r_m - r_s).abs() / epsilon.clamp_min(torch.finfo(torch.float32).tiny)  # Eq. 8
+    return gaps.clamp_max(GAP_LIMIT)

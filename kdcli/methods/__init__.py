@@ -47,7 +47,8 @@ def build(name: str, given: dict[str, Any], where: str = "recipe") -> Method:
             )
     fields: dict[str, Any] = {key: (p.annotation, p.default) for key, p in allowed.items()}
     try:
-        checked = create_model(name, __config__=ConfigDict(extra="forbid"), **fields).model_validate(given)
+        config = ConfigDict(extra="forbid", allow_inf_nan=False)
+        checked = create_model(name, __config__=config, **fields).model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

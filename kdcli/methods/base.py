@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Terms = dict[str, Tensor]
 """Named weighted scalar terms; their sum is the loss. `hard` is the task's own, all others teach."""
+Temperature = Annotated[float, Field(gt=0)]
+"""An option that logits are divided by."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 
 from kdcli import losses
 from kdcli.errors import RecipeError
-from kdcli.methods.base import Lesson, Method, Phase, Terms
+from kdcli.methods.base import Lesson, Method, Phase, Temperature, Terms
 
 
 class ClassroomKD(Method):
@@ -26,7 +26,7 @@ class ClassroomKD(Method):
 
     def __init__(
         self,
-        tau: float = 12.0,
+        tau: Temperature = 12.0,
         beta: float = 1.0,
         delta: float = 0.0,
         ranking: Literal["batch", "sample", "position"] = "batch",

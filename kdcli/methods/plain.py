@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from kdcli.methods.base import Lesson, Method, Phase, Terms
+from kdcli.methods.base import Lesson, Method, Phase, Temperature, Terms
 
 
 class NoKD(Method):
@@ -24,7 +24,7 @@ class KD(Method):
     0.1 cross-entropy, 0.9 distillation, temperature 4.
     """
 
-    def __init__(self, tau: float = 4.0, alpha: float = 0.1, beta: float = 0.9) -> None:
+    def __init__(self, tau: Temperature = 4.0, alpha: float = 0.1, beta: float = 0.9) -> None:
         super().__init__()
         self.tau, self.alpha, self.beta = tau, alpha, beta
 
@@ -43,7 +43,7 @@ class Aver(Method):
     `tau = 1` to mimic them. `form = "mean"` is the AVER of CA-MKD and AE-KD (with tau 4).
     """
 
-    def __init__(self, tau: float = 4.0, form: Literal["sum", "mean"] = "sum") -> None:
+    def __init__(self, tau: Temperature = 4.0, form: Literal["sum", "mean"] = "sum") -> None:
         super().__init__()
         self.tau, self.form = tau, form
 
