@@ -1,14 +1,10 @@
 """The run folder: recipe, provenance, metrics, checkpoint, student; written whole or not at all."""
 
 import contextlib
-import errno
 import json
-import os
 import platform
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,49 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kdcli import recipe as recipes
-from kdcli.errors import DataError, RecipeError, WeightsError, did_you_mean
+from kdcli.errors import RecipeError, WeightsError, did_you_mean
+from kdcli.files import unwritable, write_atomic, write_text
 from kdcli.recipe import Recipe
 
 ROOT = Path("runs")
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, then give it its name.
-
-    Raises DataError when the disk is full or the folder cannot be written; the old file stays as it was.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
-        if isinstance(error, RuntimeError) and shutil.disk_usage(path.parent).free > 1 << 20:
-            raise
-        raise _unwritable(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: Exception) -> DataError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, RuntimeError)
-    why = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
-    return DataError(
-        f"cannot write {path}: {why}; what was there before is untouched",
-        hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes one) or choose another --out; "
-        "then continue with `kdcli distill --resume RUN`.",
-    )
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @dataclass
@@ -107,7 +65,7 @@ class Run:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise _unwritable(self.path / "metrics.jsonl", error) from None
+            raise unwritable(self.path / "metrics.jsonl", error) from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far; a last line cut off by a crash is left out."""
@@ -136,13 +94,18 @@ class Run:
 
         path = self.path / "last.ckpt"
         cure = "Start it again without --resume, with another --out."
+        for torn in self.path.glob(".last.ckpt.*.tmp"):  # what a kill in the middle of writing left behind
+            torn.unlink(missing_ok=True)
         if not path.is_file():
             raise WeightsError(f"{path}: there is no checkpoint to continue from", hint=cure)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0][:200]
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen kinds, some without a word
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise WeightsError(f"{path} is truncated or not a kdcli checkpoint: {reason}", hint=cure) from None
+        if not isinstance(state, dict) or not {"epoch", "batch", "learners"} <= state.keys():
+            raise WeightsError(f"{path} is not a kdcli checkpoint: it does not say where the run stood", hint=cure)
+        return state
 
     def size(self) -> int:
         """Bytes on the disk."""

@@ -1,11 +1,7 @@
 """The zoo: trained weights with a card each (one TOML file of the same stem), shipped ones and the user's own."""
 
-import contextlib
-import errno
 import hashlib
-import os
 import re
-import secrets
 import tomllib
 import warnings
 from datetime import UTC, datetime
@@ -16,6 +12,7 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdcli.errors import WeightsError
+from kdcli.files import write_atomic
 from kdcli.home import home, shipped
 
 if TYPE_CHECKING:
@@ -187,26 +184,4 @@ def _shipped() -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Temporary file in the same folder, fsync, rename; on failure nothing is left behind."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise WeightsError(
-                f"no space left to write {path} ({len(data) / 1e6:.1f} MB)",
-                hint="Free some, or choose another disk: --out for runs, KDCLI_HOME for the zoo.",
-            ) from error
-        raise WeightsError(
-            f"cannot write {path}: {error.strerror or error}",
-            hint="Check the folder's permissions, or choose another: --out for runs, KDCLI_HOME for the zoo.",
-        ) from error
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdcli import home, zoo
-from kdcli.errors import WeightsError
+from kdcli.errors import DataError, WeightsError
 from kdcli.zoo import Card
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2), "n": torch.tensor(3)}
@@ -94,7 +94,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(WeightsError, match="no space left") as caught:
+    with pytest.raises(DataError, match="the disk is full") as caught:
         zoo.save(tmp_path, "s", STATE, card())
     assert caught.value.exit_code == 3
     assert "KDCLI_HOME" in caught.value.hint
@@ -109,7 +109,7 @@ def test_a_full_disk_keeps_the_old_weights(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(WeightsError):
+    with pytest.raises(DataError):
         zoo.save(tmp_path, "s", {"a": torch.ones(1)}, card())
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.safetensors", "s.toml"]
@@ -117,7 +117,7 @@ def test_a_full_disk_keeps_the_old_weights(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WeightsError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot write"):
         zoo.save(tmp_path / "file", "s", STATE, card())
 
 
