@@ -199,12 +199,18 @@ def map_classes(name: ModelName, net: Net, data: DataSet, config: ClassroomConfi
             hint="`--set classroom.class_map=auto` matches classes by WordNet id or name; "
             f"or train a mentor: `kdcli train --model {name.arch} --data {data.name}`.",
         )
+    given = config.class_map if isinstance(config.class_map, dict) else {}
+    if net.num_classes == k:  # a mentor of these very classes beside one of others, for whom the map is meant
+        labels = net.classes or net.wnids
+        if labels is None and not any(isinstance(column, int) for column in given.values()):
+            return None
+        if labels is not None and [*map(_fold, labels)] in ([*map(_fold, data.classes)], data.wnids):
+            return None
     table: dict[str, int] = {}
     for labels in (net.classes, net.wnids):
         for column, label in enumerate(labels or []):
             for part in (label, *label.split(", ")):
                 table.setdefault(_fold(part), column)
-    given = config.class_map if isinstance(config.class_map, dict) else {}
     columns: list[int] = []
     missing: list[str] = []
     for i, label in enumerate(data.classes):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcli import distill, run as runs
+from kdcli import distill, files, run as runs
 from kdcli.classroom import Classroom
 from kdcli.engine import EpochEnd, Session, Step
 from kdcli.recipe import Recipe
@@ -96,7 +96,7 @@ def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
     """Train all learners and write compare.json; yields what `engine.train` yields."""
     yield from distill.go(session, resume=resume)
     run = session.run
-    runs.write_text(run.path / "compare.json", summarise(run).json())
+    files.write_text(run.path / "compare.json", summarise(run).json())
 
 
 def independent(
@@ -115,7 +115,7 @@ def independent(
         follow(distill.go(session), f"seed {seed}: {len(session.learners)} students")
         session.run.remove()
     found = summarise(run)
-    runs.write_text(run.path / "compare.json", found.json())
+    files.write_text(run.path / "compare.json", found.json())
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdcli import device as devices, engine, run as runs
+from kdcli import board, device as devices, engine, files, run as runs
 from kdcli.classroom import Classroom, seat
 from kdcli.data import DataSet, Stream, open_data
 from kdcli.engine import EpochEnd, Learner, Session, Step
@@ -52,6 +52,8 @@ def open_session(
             f"train.batch_size = {config.batch_size}, but {data.name} has only {len(data.train)} training images",
             hint=f"--set train.batch_size={max(1, 2 ** (len(data.train).bit_length() - 2))}",
         )
+    if config.tensorboard:
+        board.check()
     stream = Stream(
         data,
         config.batch_size,
@@ -75,6 +77,8 @@ def open_session(
 def start(session: Session, kind: str, classroom: Classroom, **facts: Any) -> None:
     """Lay out the run folders with recipe and provenance, the session's and every learner's."""
     common = facts_of(classroom)
+    if session.keep:
+        facts["keep"] = sorted(session.keep)  # a resumed run keeps them too
     for learner in session.learners:
         folder = session.runs[learner.name]
         own = {**common, **facts} if folder is session.run else common
@@ -124,7 +128,9 @@ def finish(session: Session, learner: Learner) -> None:
     if session.data.holdout:
         for suffix in (".safetensors", ".toml"):  # the card goes last: a student without one is not finished
             kept = folder.path / f"best{suffix}"
-            runs.write_atomic(folder.path / f"student{suffix}", lambda to, kept=kept: to.write_bytes(kept.read_bytes()))
+            files.write_atomic(
+                folder.path / f"student{suffix}", lambda to, kept=kept: to.write_bytes(kept.read_bytes())
+            )
         epoch = learner.best["epoch"]
     else:
         engine.keep(folder, "student", learner, epoch, _score_of(scored[-1]))

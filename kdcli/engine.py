@@ -4,19 +4,20 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from kdcli import device as devices, methods, schedule, zoo
+from kdcli import board, device as devices, methods, schedule, zoo
 from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet, Stream
-from kdcli.errors import DivergedError, InterruptedRun, RecipeError
+from kdcli.errors import DivergedError, InterruptedRun, RecipeError, WeightsError, did_you_mean
 from kdcli.evaluate import Score, score
 from kdcli.mentors import Mentors
 from kdcli.methods import Lesson, Room, Terms, View
@@ -86,9 +87,7 @@ class Learner:
             return None
         batch = next(self.classroom.data.train.plain(2, self.device))
         mentors = Mentors(self.classroom.mentors, "fp32", self.device)
-        with torch.no_grad():
-            view = View(self.student.eval()(batch.pixels))
-        return self._lesson(batch, view, mentors.answer(batch), 0.0, 0)
+        return self._lesson(batch, {"student": self.look(batch)}, mentors.answer(batch), 0.0, 0)
 
     def _enter(self, number: int) -> None:
         """Begin a phase: an optimiser for its learners and the method's own parameters."""
@@ -99,30 +98,23 @@ class Learner:
             module.requires_grad_(any(module is one for one in taught))
         parts = nn.ModuleList([*taught, self.method])
         config = self.phase.train
-        self.optimizer = create_optimizer_v2(
-            parts,
-            opt=("sgd" if config.nesterov else "momentum") if config.optimizer == "sgd" else config.optimizer,
-            lr=schedule.base_lr(config),
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            filter_bias_and_bn=not config.decay_norm_and_bias,
-        )
+        self.optimizer = make_optimizer(parts, config)
         self.schedule = schedule.build(self.optimizer, config, self.phase.epochs, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # pyright: ignore
         self.parameters = [p for p in parts.parameters() if p.requires_grad]
 
-    def begin_epoch(self, epoch: int, sweep: Any) -> None:
-        """Set the phase and rate of `epoch` (from 0) and put the learners in training mode."""
+    def begin_epoch(self, epoch: int, sweep: Callable[["Learner"], Iterator[Lesson]]) -> None:
+        """Enter the phase of `epoch` (from 0) and put those who learn in it in training mode."""
         start, number = 0, 0
         while epoch >= start + self.phases[number].epochs:
             start, number = start + self.phases[number].epochs, number + 1
         if number != self.phase_number:
             self._enter(number)
         self.phase_start = start
-        for module in self.method.learners().values():
-            module.train()
-        self.method.train()
-        self.method.begin_epoch(epoch, sweep)
+        self.method.train()  # first, for learners may be parts of it
+        for name, module in self.method.learners().items():
+            module.train(name in self.phase.learners)  # who does not learn now keeps its batch statistics too
+        self.method.begin_epoch(epoch, lambda: sweep(self))
 
     def step(self, batch: Batch, taught: View | None, epoch: int, number: int, step: int) -> None:
         """One update. `number` is the batch's place in the epoch, `step` counts all updates. Nothing is read back."""
@@ -133,12 +125,15 @@ class Learner:
         size = -(-len(batch.index) // self.config.accumulate)
         self.optimizer.zero_grad(set_to_none=True)
         lesson = None
-        for lo in range(0, len(batch.index), size):
+        for part_number, lo in enumerate(range(0, len(batch.index), size)):
             part = batch if size >= len(batch.index) else _part(batch, slice(lo, lo + size))
             answers = taught if taught is None or part is batch else View(taught.out[:, lo : lo + size])
             with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
-                view = View(self.forward(part.pixels))
-            lesson = self._lesson(part, view, answers, at, step)
+                views = {"student": View(self.forward(part.pixels))}
+                for name, module in self.method.learners().items():
+                    if isinstance(module, Member) and module is not self.student:
+                        views[name] = View(module(part.pixels))
+            lesson = self._lesson(part, views, answers, at, step, part_number)
             terms = self.method.loss(lesson, self.phase)
             share = len(part.index) / len(batch.index)
             self.scaler.scale(sum(terms.values(), torch.zeros((), device=self.device)) * share).backward()
@@ -154,10 +149,20 @@ class Learner:
         self.method.after(lesson)
         self.tally.batches += 1
 
-    def _lesson(self, batch: Batch, view: View, mentors: View | None, epoch: float, step: int) -> Lesson:
-        self.generator.manual_seed(_mix(self.config.seed, step, 1))
-        views = {"student": view}
-        return Lesson(batch.target, batch.index, epoch, step, self.task, self.generator, view, views, mentors)
+    @torch.no_grad()
+    def look(self, batch: Batch) -> View:
+        """The student's answer to a batch that teaches it nothing: eval mode, no gradient; its mode is put back."""
+        training = self.student.training
+        view = View(self.student.eval()(batch.pixels))
+        self.student.train(training)
+        return view
+
+    def _lesson(
+        self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int, part: int = 0
+    ) -> Lesson:
+        self.generator.manual_seed(_mix(self.config.seed, step, 1 + part))  # micro-batches draw different noise
+        student = views["student"]
+        return Lesson(batch.target, batch.index, epoch, step, self.task, self.generator, student, views, mentors)
 
     @torch.no_grad()
     def _note(self, lesson: Lesson, terms: Terms, share: float, step: int) -> None:
@@ -176,10 +181,18 @@ class Learner:
         if bad:
             term, step = min(bad.items(), key=lambda item: item[1])
             raise DivergedError(
-                f"{self.name}: the loss term {term!r} stopped being a finite number at step {step} "
+                f"{self.name}: the loss term {term!r} stopped being a finite number at step {step + 1} "
                 f"(epoch {step // self.steps_per_epoch + 1})",
                 hint="Lower --set train.lr, add --set train.clip_grad=1 or --set train.warmup_epochs=5; in fp16 try "
                 "--set train.precision=bf16.",
+            )
+
+    def check_weights(self) -> None:
+        """Raise DivergedError if the weights are not all numbers: a finite loss may end in an update that is not."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.parameters):
+            raise DivergedError(
+                f"{self.name}: the weights stopped being finite numbers in the last update",
+                hint="Lower --set train.lr or add --set train.clip_grad=1; the last good checkpoint is kept.",
             )
 
     def graduate(self) -> Member:
@@ -284,7 +297,14 @@ class Session:
                     f"{self.run.path}/last.ckpt knows nothing of {learner.name}",
                     hint="Resume with the same --methods and --seeds.",
                 )
-            learner.load(state["learners"][learner.name])
+            try:
+                learner.load(state["learners"][learner.name])
+            except (KeyError, RuntimeError, ValueError, TypeError) as error:
+                reason = (str(error).splitlines() or [""])[0][:200]
+                raise WeightsError(
+                    f"{self.run.path}/last.ckpt is not a checkpoint of this recipe: {type(error).__name__}: {reason}",
+                    hint="Put back the recipe.toml that was written with it, or start a new run.",
+                ) from None
         for run in self.runs.values():
             run.forget_after(state["epoch"])
         return state["epoch"], state["batch"]
@@ -303,11 +323,10 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
     learners, stream = session.learners, session.stream
     began, images, batches = time.perf_counter(), 0, len(stream)
 
-    def sweep() -> Iterator[Lesson]:
+    def sweep(learner: Learner) -> Iterator[Lesson]:
         for batch in session.data.train.plain(session.config.batch_size, stream.device):
-            for learner in learners:
-                view = View(learner.student(batch.pixels))
-                yield learner._lesson(batch, view, session.mentors.answer(batch), epoch, 0)
+            views = {"student": learner.look(batch)}
+            yield learner._lesson(batch, views, session.mentors.answer(batch), epoch, 0)
 
     with _signals() as caught:
         while epoch < session.epochs:
@@ -319,12 +338,14 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
                 for learner in active:
                     learner.step(batch, taught, epoch, number, epoch * batches + number)
                 images += len(batch.index)
-                if (number + 1) % CHECK_EVERY == 0 or number + 1 == batches:
+                if (number + 1) % CHECK_EVERY == 0:
                     for learner in active:
                         learner.check()
+                if caught or number + 1 == batches:  # a checkpoint follows, and must be a good one
+                    for learner in active:
+                        learner.check()
+                        learner.check_weights()
                 if caught:
-                    for learner in active:
-                        learner.check()
                     session.checkpoint(epoch, number + 1)
                     raise InterruptedRun(
                         f"stopped by {caught[0]} after batch {number + 1} of epoch {epoch + 1}; saved in "
@@ -361,6 +382,8 @@ def _end_epoch(session: Session, learner: Learner, epoch: int) -> dict[str, Any]
             keep(run, f"epoch-{epoch:03d}", learner, epoch, result["test"])
     row = learner.row(epoch, result)
     run.log(row)
+    if session.config.tensorboard:
+        board.write(run.path, row)
     return row
 
 
@@ -410,6 +433,24 @@ def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -
             "be other batches",
             hint="--set train.accumulate=1, or --set method.ranking=sample.",
         )
+
+
+def make_optimizer(parts: nn.Module, config: TrainConfig) -> Optimizer:
+    """timm's optimiser over what may learn in `parts`. Raises RecipeError for one it cannot make."""
+    try:
+        return create_optimizer_v2(
+            parts,
+            opt=("sgd" if config.nesterov else "momentum") if config.optimizer == "sgd" else config.optimizer,
+            lr=schedule.base_lr(config),
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            filter_bias_and_bn=not config.decay_norm_and_bias,
+        )
+    except ValueError as error:
+        known = [str(name) for name in list_optimizers()]
+        raise RecipeError(
+            f"train.optimizer = {config.optimizer!r}: {error}", hint=did_you_mean(config.optimizer, known)
+        ) from None
 
 
 def _part(batch: Batch, rows: slice) -> Batch:
