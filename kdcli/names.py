@@ -118,7 +118,7 @@ def create(name: ModelName, num_classes: int | None, *, pretrained: bool = False
 def has_pretrained(name: ModelName) -> int | None:
     """Class count of the library's weights, without downloading: 0 for weights without a head, None for no weights."""
     if name.source == "torchvision":
-        weights = _torchvision_weights(name.arch)
+        weights = _torchvision_weights(name)
         return None if weights is None else len(weights.meta["categories"])
     cfg = _timm_cfg(name.arch)
     return int(cfg.num_classes) if name.source == "timm" and cfg.has_weights else None
@@ -317,16 +317,25 @@ def _hub_ready(cfg: Any) -> Iterator[None]:
 # --- torchvision --------------------------------------------------------------------------------------------------
 
 
-def _torchvision_weights(arch: str) -> Any:
+def _torchvision_weights(name: ModelName) -> Any:
+    """The weights a name asks for (`@IMAGENET1K_V1`), else the library's best; None where it has none."""
     import torchvision
 
-    return getattr(torchvision.models.get_model_weights(arch), "DEFAULT", None)
+    every = torchvision.models.get_model_weights(name.arch)
+    return every[name.weights] if names_weights(name) else getattr(every, "DEFAULT", None)  # pyright: ignore
+
+
+def names_weights(name: ModelName) -> bool:
+    """Whether `@weights` is one of torchvision's own names for weights of this architecture."""
+    import torchvision
+
+    return name.source == "torchvision" and name.weights in torchvision.models.get_model_weights(name.arch).__members__
 
 
 def _torchvision(name: ModelName, num_classes: int | None, pretrained: bool) -> Net:
     from torchvision.models import get_model
 
-    weights = _torchvision_weights(name.arch)
+    weights = _torchvision_weights(name)
     own = 1000 if weights is None else len(weights.meta["categories"])
     count = own if num_classes is None else num_classes
     mean, std, size, interpolation = _torchvision_input(weights)

@@ -83,6 +83,7 @@ class TrainConfig(Section):
     mixup: float = Field(default=0.0, ge=0.0)
     cutmix: float = Field(default=0.0, ge=0.0)
     compile: bool = False  # torch.compile the student
+    tensorboard: bool = False  # also write the metrics for TensorBoard (an extra: pip install "kdcli[tensorboard]")
     eval_every: int = Field(default=1, ge=1)  # epochs between scores; the last is always scored
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdcli import zoo
 from kdcli.errors import WeightsError, did_you_mean
-from kdcli.names import ModelName, create, has_pretrained
+from kdcli.names import ModelName, create, has_pretrained, names_weights
 from kdcli.zoo import Card
 
 WRAPPERS = ("state_dict", "model", "student")
@@ -198,7 +198,7 @@ def choose(
             f"{name.typed}: a mentor without training teaches noise",
             hint=f"Leave out @none, or train it first: kdcli train --model {name.arch} --data {data_name}",
         )
-    if asked == "pretrained":
+    if asked == "pretrained" or names_weights(name):
         return _pretrained(name, role, num_classes, data_name, class_map)
     if asked is not None:
         found = _from_file(name, asked, runs_dir)
@@ -220,7 +220,7 @@ def choose(
 def _pretrained(name: ModelName, role: str, num_classes: int, data_name: str, class_map: bool) -> Found:
     own = has_pretrained(name)
     train = f"kdcli train --model {name.arch if name.source == 'zoo' else name.full} --data {data_name}"
-    asked = name.weights == "pretrained"
+    asked = name.weights is not None
     if own is None:
         what = f"{name.full} has no pretrained weights" + ("" if asked else f", and the zoo none for {data_name}")
         here = [c for c in zoo.cards() if zoo.weights_path(c) and c.dataset == data_name]

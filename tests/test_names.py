@@ -295,3 +295,18 @@ def test_timm_weights_come_from_its_cache_without_asking(offline: Path) -> None:
     assert five.fresh_head
     assert five.module.state_dict()["fc.weight"].shape == (5, 512)
     assert torch.equal(five.module.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
+
+
+def test_torchvisions_own_names_for_weights_choose_among_them():
+    first = names.resolve("torchvision:regnet_x_400mf@IMAGENET1K_V1")
+    assert names.names_weights(first)
+    assert not names.names_weights(names.resolve("torchvision:regnet_x_400mf@IMAGENET1K_V9"))
+    assert not names.names_weights(names.resolve("timm:regnetx_004@IMAGENET1K_V1"))
+    assert names.create(first, None).interpolation == "bilinear"
+    sizes = {
+        w: names._torchvision_weights(names.resolve(f"torchvision:regnet_x_400mf{w}")) for w in ("", "@IMAGENET1K_V1")
+    }
+    assert (
+        sizes[""].meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        > sizes["@IMAGENET1K_V1"].meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    )
