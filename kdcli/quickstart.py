@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kdcli import compare, distill, recipe as recipes, run as runs, weights, zoo
-from kdcli.classroom import Classroom
+from kdcli import compare, distill, files, recipe as recipes, run as runs, weights, zoo
+from kdcli.classroom import Classroom, seat
 from kdcli.compare import Comparison
 from kdcli.errors import WeightsError
 from kdcli.names import resolve
@@ -17,7 +17,7 @@ from kdcli.report.shipping import Shipped, ship
 from kdcli.run import Run
 
 METHODS = ["aver", "classroom"]
-MENTOR_EPOCHS = 12
+MENTOR_EPOCHS, MENTOR_BATCH = 8, 32
 Follow = Callable[[Iterator[Any], str], None]
 
 
@@ -48,14 +48,14 @@ def tell(config: Recipe, seeds: list[int], device: torch.device, out: str | None
     by_name = {learner.name: learner.graduate() for learner in session.learners}
     first = seeds[0]  # never the best seed
     members = {
-        "teacher": classroom.mentors[0],
+        "teacher": seat(config, data, device).mentors[0],  # afresh: those that taught may be in half precision
         "control": by_name[f"{compare.CONTROL}-{first}"],
         "student": by_name[f"classroom-{first}"],
     }
     learner = Run(folder.path / f"classroom-{first}")
     facts = {"run": str(learner.path), "dataset": data.name, "classes": json.dumps(data.classes)}
     shipped = ship(members, data, folder.path, facts)
-    runs.write_text(folder.path / "shipping.json", json.dumps([asdict(row) for row in shipped], indent=1))
+    files.write_text(folder.path / "shipping.json", json.dumps([asdict(row) for row in shipped], indent=1))
     return Story(folder, classroom, found, shipped)
 
 
@@ -71,7 +71,13 @@ def train_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:
         own["data"].pop("per_class", None)
         own["classroom"] = {"student": arch}
         own["method"] = {"name": "nokd"}
-        own["train"] |= {"epochs": MENTOR_EPOCHS, "seed": 0, "eval_every": MENTOR_EPOCHS}
+        own["train"] |= {
+            "epochs": MENTOR_EPOCHS,
+            "batch_size": MENTOR_BATCH,
+            "warmup_epochs": 1,
+            "seed": 0,
+            "eval_every": MENTOR_EPOCHS,
+        }
         solo = recipes.from_dict(own, "quickstart mentor")
         _, classroom = distill.open_room(solo, device, mentors=False)
         folder = runs.new(arch, "train")
