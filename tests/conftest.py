@@ -1,4 +1,4 @@
-"""What every test shares: a private KDCLI_HOME, two threads at most, and the real data where it lies beside the checkout."""
+"""What every test shares: a private KDCLI_HOME, one thread, and the real data where it lies beside the checkout."""
 
 import os
 from pathlib import Path

@@ -1,0 +1,97 @@
+"""The engine on CUDA: agrees with the CPU in float32, never waits for the device in a step, and trains in bfloat16."""
+
+import pytest
+import torch
+
+from kdcli import distill, engine, weights, zoo
+from kdcli.data import open_data
+from kdcli.engine import Learner, card
+from kdcli.mentors import Mentors
+from kdcli.recipe import Recipe
+from kdcli.run import Run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+def _recipe(**over: object) -> Recipe:
+    keys = {
+        "data.name": "digits", "data.image_size": 16, "data.per_class": 10, "train.batch_size": 20, "train.epochs": 1,
+        "train.precision": "fp32", "classroom.precision": "fp32", "classroom.student": "cifar_resnet10_xxs",
+        "classroom.teacher": "cifar_resnet8", "classroom.peers": ["cifar_resnet14"],
+    }  # fmt: skip
+    return Recipe().with_(**{**keys, **over})
+
+
+@pytest.fixture
+def _mentors(_own_home: object) -> None:
+    """Untrained mentors with randomised norms, entered into the zoo for the digits."""
+    data = open_data(_recipe().data)
+    for name in ("cifar_resnet8", "cifar_resnet14"):
+        solo = _recipe(**{"classroom.student": name}).with_method("nokd")
+        room = distill.open_room(solo, torch.device("cpu"), mentors=False)[1]
+        member = room.student(0)
+        for module in member.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        zoo.add(member.net.state_dict(), card(member, data, None, 50.0, "test"))
+        assert weights.digest(member.net)
+
+
+def _trained(recipe: Recipe, device: str, folder: object) -> tuple[Learner, list[float]]:
+    where = torch.device(device)
+    _, room = distill.open_room(recipe, where)
+    run = Run(folder / device)  # pyright: ignore
+    session = distill.open_session({"classroom": recipe}, room, run, {"classroom": run})
+    learner = session.learners[0]
+    learner.begin_epoch(0, lambda _: iter(()))
+    for number, batch in enumerate(session.stream.epoch(0)):
+        learner.step(batch, session.mentors.answer(batch), 0, number, number)
+    learner.check()
+    return learner, [float(p.detach().float().sum()) for p in learner.student.parameters()]
+
+
+@pytest.mark.usefixtures("_mentors")
+def test_cuda_agrees_with_the_cpu_in_float32(tmp_path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    _, on_cpu = _trained(_recipe(), "cpu", tmp_path)
+    _, on_gpu = _trained(_recipe(), "cuda", tmp_path)
+    torch.testing.assert_close(torch.tensor(on_gpu), torch.tensor(on_cpu), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("_mentors")
+def test_a_step_never_waits_for_the_device(tmp_path) -> None:
+    recipe, where = _recipe(), torch.device("cuda")
+    _, room = distill.open_room(recipe, where)
+    run = Run(tmp_path / "run")
+    session = distill.open_session({"classroom": recipe}, room, run, {"classroom": run})
+    learner = session.learners[0]
+    learner.begin_epoch(0, lambda _: iter(()))
+    batches = list(session.stream.epoch(0))
+    learner.step(batches[0], session.mentors.answer(batches[0]), 0, 0, 0)  # the first allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, batch in enumerate(batches[1:], start=1):
+            learner.step(batch, session.mentors.answer(batch), 0, number, number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    learner.check()
+    assert learner.tally.batches == len(batches)
+
+
+@pytest.mark.usefixtures("_mentors")
+def test_bfloat16_mentors_and_student_train(tmp_path) -> None:
+    recipe = _recipe(**{"train.precision": "bf16", "classroom.precision": "bf16"})
+    learner, _ = _trained(recipe, "cuda", tmp_path)
+    assert isinstance(learner, engine.Learner)
+    assert learner.tally.means()["term/hard"] > 0
+
+
+@pytest.mark.usefixtures("_mentors")
+def test_bfloat16_answers_are_near_float32(tmp_path) -> None:
+    _, room = distill.open_room(_recipe(), torch.device("cuda"))
+    batch = next(room.data.test.plain(64, "cuda"))
+    exact = Mentors(room.mentors, "fp32", torch.device("cuda")).answer(batch)
+    near = Mentors(room.mentors, "bf16", torch.device("cuda")).answer(batch)
+    assert exact is not None
+    assert near is not None
+    torch.testing.assert_close(near.out, exact.out, rtol=0.1, atol=0.1 * float(exact.out.abs().max()))
