@@ -9,6 +9,7 @@ import torch
 
 from kdcli import distill
 from kdcli.classroom import Classroom
+from kdcli.cli.show import duration
 from kdcli.data import DataSet
 from kdcli.evaluate import score_answers
 from kdcli.recipe import Recipe
@@ -38,7 +39,6 @@ class Look:
     words: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[tuple[str, object, str]] = field(default_factory=list)
-    next: str = ""
 
 
 def look(recipe: Recipe, device: torch.device, images: int) -> Look:
@@ -48,7 +48,8 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
     student = classroom.student(recipe.train.seed)
     params, macs = student.count()
     seats = [Seat("student", student.name, params, macs, student.input_size, None, student.origin or "from scratch")]
-    found = Look(seats, notes=classroom.notes, next=_next(recipe))
+    classroom.notes.append((student.name, student.origin or "from scratch", "the student's weights"))
+    found = Look(seats, notes=classroom.notes)
     step, update, batches = _dry_steps(recipe, classroom)
     seen = 0
     for n, mentor in enumerate(classroom.mentors):
@@ -69,11 +70,10 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
             f"student {seats[0].params / 1e6:.2f} M (as ClassroomKD Table 7)"
         )
         found.words.append(f"mentors scored on {seen} of {len(data.test)} test images")
-    hours = update * batches * recipe.train.epochs / 3600
     found.words.append(f"{len(data.train)} training images, {len(data.test)} test images, {len(data.classes)} classes")
     found.words.append(
         f"one step {1000 * update:.0f} ms here ({step}), {batches} steps an epoch, {recipe.train.epochs} epochs: "
-        f"about {hours:.1f} h"
+        f"about {duration(update * batches * recipe.train.epochs)}"
     )
     return found
 
@@ -84,7 +84,7 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
         run = Run(Path(folder) / "dry")
         session = distill.open_session({recipe.method.name: recipe}, classroom, run, {recipe.method.name: run})
         learner = session.learners[0]
-        learner.begin_epoch(0, lambda: iter(()))
+        learner.begin_epoch(0, lambda _: iter(()))
         times = []
         for number, batch in enumerate(session.stream.epoch(0)):
             began = time.perf_counter()
@@ -106,10 +106,3 @@ def _score(mentor: torch.nn.Module, data: DataSet, images: int, device: torch.de
             if images and seen >= images:
                 break
     return score_answers(torch.cat(out), torch.cat(target)).top1, seen
-
-
-def _next(recipe: Recipe) -> str:
-    c = recipe.classroom
-    peers = f" --peers {','.join(c.peers)}" if c.peers else ""
-    teacher = f" --teacher {c.teacher}" if c.teacher else ""
-    return f"kdcli distill{teacher}{peers} --student {c.student} --data {recipe.data.name}"

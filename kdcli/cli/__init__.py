@@ -1,13 +1,16 @@
 """The command line: one short file per command, heavy imports inside them, so that --help is quick."""
 
 import sys
+from typing import Any
 
 import typer
-from click.exceptions import Abort, ClickException, Exit
 from typer.core import TyperGroup
 
 from kdcli import __version__
 from kdcli.errors import KdcliError
+
+# Newer typer brings its own copy of click, older ones the real one: what typer raises is found through typer itself.
+UsageError = typer.BadParameter.__bases__[0]
 
 COMMANDS = (
     "quickstart", "distill", "compare", "train", "evaluate", "export", "bench", "check",
@@ -33,17 +36,17 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
         help="Compress image models by knowledge distillation and ship the result.",
-        epilog="Start with `kdcli quickstart`. Then: `kdcli distill --teacher resnet34 --student resnet18 --data DIR`.",
+        epilog="Start with `kdcli quickstart`. Your own pictures, one folder a class, are `--data folder:DIR`.",
     )
 
     @app.callback()
     def common(
-        version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+        version: bool = typer.Option(
+            False, "--version", help="Print the version and leave.", is_eager=True, callback=_version
+        ),
         debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     ) -> None:
-        if version:
-            typer.echo(f"kdcli {__version__}")
-            raise Exit(0)
+        """Both are read elsewhere: --version before anything else, --debug in `main`, wherever it stands."""
 
     for name in COMMANDS:
         module = importlib.import_module(f"kdcli.cli.{name}")
@@ -55,34 +58,58 @@ def _app() -> typer.Typer:
     return app
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kdcli {__version__}")
+        raise typer.Exit(0)
+
+
 def _examples(lines: tuple[str, ...]) -> str:
     return "Examples:\n\n" + "\n\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and leave with the exit code of DESIGN section 7."""
+    """Run the command line and leave with the exit code of DESIGN section 7; 1 is a fault of kdcli's own."""
     argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
     try:
-        code = _app()(args=argv, prog_name="kdcli", standalone_mode=False)
-    except KdcliError as error:
-        if "--debug" in argv:
+        code = _app()(args=[arg for arg in argv if arg != "--debug"], prog_name="kdcli", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and not isinstance(error, (UsageError, typer.Abort, KeyboardInterrupt)):
             raise
-        _complain(error.message, error.hint)
-        sys.exit(error.exit_code)
-    except ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (Abort, KeyboardInterrupt):
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
-    except MemoryError:
-        _complain("out of memory", "A smaller --set train.batch_size, or fewer mentors.")
-        sys.exit(3)
+        sys.exit(_complain(error))
+    if code == 130:  # typer answers Ctrl-C itself, without a word
+        _say("interrupted", "", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(message: str, hint: str) -> None:
+def _complain(error: BaseException) -> int:
+    """Say what went wrong and the cure, in one paragraph, and return the exit code."""
+    if isinstance(error, KdcliError):
+        return _say(error.message, error.hint, error.exit_code)
+    if isinstance(error, (typer.Abort, KeyboardInterrupt)):
+        return _say("interrupted", "", 130)
+    if isinstance(error, UsageError):
+        return _usage(error)
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _say("out of memory", "A smaller --set train.batch_size, or fewer mentors.", 3)
+    return _say(f"{type(error).__name__}: {text}", "kdcli did not foresee this; --debug shows where it arose.", 1)
+
+
+def _usage(error: Any) -> int:
+    """A mistyped command or flag; a command without arguments that needs some shows its help."""
+    message, where = error.format_message(), error.ctx.command_path if error.ctx else "kdcli"
+    if type(error).__name__ == "NoArgsIsHelpError":  # making it has printed the help, where rich does that
+        if message.strip():
+            typer.echo(message)
+        return 2
+    return _say(message.strip(), f"`{where} --help` shows what there is.", 2)
+
+
+def _say(message: str, hint: str, code: int) -> int:
     typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
     typer.echo(message, err=True)
     if hint:
         typer.echo(f"  {hint}", err=True)
+    return code

@@ -11,7 +11,8 @@ EXAMPLES = ("kdcli bench", "kdcli bench student.onnx teacher.onnx --threads 1 --
 
 def bench(
     files: Annotated[
-        list[str] | None, typer.Argument(help="ONNX files; default: the newest run's.", metavar="[FILE]...")
+        list[str] | None,
+        typer.Argument(help="ONNX files or exported runs; default: the newest run's.", metavar="FILE..."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Images per call.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="onnxruntime's threads; 1 is what a phone app often gets.", min=1)] = 1,
@@ -26,14 +27,17 @@ def bench(
     from kdcli.cli import show
     from kdcli.errors import WeightsError
 
-    paths = [Path(name) / "student.onnx" if Path(name).is_dir() else Path(name) for name in files or []]
-    if not paths:
-        run = runs.find(None)
-        paths = [run.path / "student.onnx"]
-        show.errors.print(f"[dim]run[/] {run.path} [dim](the newest)[/]")
-    for path in paths:
+    paths = []
+    for name in files or [None]:
+        if name is not None and (Path(name).is_file() or Path(name).suffix == ".onnx"):
+            path, cure = Path(name), "`kdcli export --onnx` writes the newest run's student."
+        else:
+            run = runs.find(name)
+            show.named(run, name)
+            path, cure = run.path / "student.onnx", f"kdcli export --onnx {name or ''}".strip()
         if not path.is_file():
-            raise WeightsError(f"{path}: no such file", hint="`kdcli export --onnx` writes the newest run's student.")
+            raise WeightsError(f"{path}: no such file", hint=cure)
+        paths.append(path)
     names = {str(path): path for path in paths}
     timings = room.bench(names, batch=batch, threads=threads, runs=calls)
     if json:

@@ -29,6 +29,7 @@ def check(
     json: o.Json = False,
 ) -> None:
     """Resolve a recipe without training: names, sizes, weights, each mentor's score, a dry step, the cost."""
+    import shlex
     from dataclasses import asdict
 
     from kdcli import check as room, device as devices
@@ -43,15 +44,19 @@ def check(
         show.as_json({**asdict(found), "notes": [*notes, *found.notes]})
         return
     show.notes([*notes, *found.notes])
-    columns = ["role", "name", "parameters", "multiply-adds", "input", "top-1 %", "weights"]
+    columns = ["role", "name", "parameters", "multiply-adds", "input", "top-1 %"]
     rows = [
         [s.role, s.name, f"{s.params:,}", show.count(s.macs), f"{s.input_size} px",
-         "" if s.top1 is None else f"{s.top1:.2f}", s.origin]
+         "" if s.top1 is None else f"{s.top1:.2f}"]
         for s in found.seats
     ]  # fmt: skip
     show.table(columns, rows, left=2)
     for line in found.words:
-        show.console.print(line)
+        show.line("", line)
     for line in found.warnings:
-        show.console.print(f"[yellow]warning:[/] {line}")
-    show.next_line(found.next)
+        show.line("warning:", line, style="yellow")
+    given = {"recipe": recipe, "teacher": teacher, "peers": peers, "student": student, "data": data, "method": method}
+    given |= {"epochs": epochs, "seed": seed, "data-root": data_root, "device": device}
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+    words += [f"--set {shlex.quote(pair)}" for pair in sets or []] + ["--skip-corrupt"] * skip_corrupt
+    show.next_line(" ".join(["kdcli distill", *words]))

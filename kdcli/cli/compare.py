@@ -44,16 +44,20 @@ def compare(
         resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
         set=sets, out=out, independent=independent,
     )  # fmt: skip
-    from kdcli import device as devices, run as runs
+    from kdcli import device as devices
     from kdcli.cli import show
+    from kdcli.cli.distill import to_resume
     from kdcli.errors import RecipeError
 
     picked = devices.pick(device)
     if resume:
-        folder = runs.find(resume, learner=False)
-        if folder.kind != "compare":
-            raise RecipeError(f"{folder.path} is not a compare", hint=f"kdcli distill --resume {folder.path}")
+        folder = to_resume(resume, "compare", finished_too=True)
         facts = folder.provenance
+        if facts["independent"] and not folder.finished:
+            raise RecipeError(
+                f"{folder.path}: an independent compare takes one stream after the other and cannot go on",
+                hint=f"kdcli runs rm {folder.path}, and start it again.",
+            )
         found = resumed(folder, facts, picked, quiet=json)
     else:
         base, why = (recipe, "as asked") if recipe or data else _base(run)
@@ -72,7 +76,7 @@ def compare(
         print(found[0].json())
         return
     show_comparison(found[0])
-    show.console.print(f"[dim]run[/] {folder.path}")
+    show.line("run", folder.path)
     best = max(found[0].lines, key=lambda line: line.mean)
     show.next_line(f"kdcli export --onnx {folder.path / f'{best.method}-{best.seeds[0]}'}")
 
@@ -80,11 +84,15 @@ def compare(
 def _base(run):
     """The newest run's recipe, or the quickstart's when nothing was ever run here."""
     from kdcli import recipe as recipes, run as runs
+    from kdcli.errors import RecipeError
 
-    if run is None and not runs.every():
-        return recipes.load("quickstart"), "the quickstart's (there is no run here)"
-    found = runs.find(run, learner=False)
-    return found.recipe, f"that of run {found.name}"
+    found = [runs.find(run, learner=False)] if run else runs.every()[::-1]
+    for one in found:
+        if one.recipe.classroom.teacher:  # a model trained alone has no classroom to compare in
+            return one.recipe, f"that of run {one.name}"
+    if run:
+        raise RecipeError(f"{found[0].path} has no mentors", hint="Name a run of distill or compare, or a --recipe.")
+    return recipes.load("quickstart"), "the quickstart's (no run here has mentors)"
 
 
 def compared(config, names, seeds, device, out, notes, *, independent=False, quiet=False):
@@ -132,7 +140,7 @@ def show_comparison(comparison) -> None:
     table = room.table(comparison)
     show.table(table["columns"], table["rows"], title=table["title"])
     if comparison.source:
-        show.console.print(f"[dim]published: {comparison.source} ({comparison.epoch} epoch)[/]")
+        show.line("published", f"{comparison.source} ({comparison.epoch} epoch)")
     show.console.print(
         "[dim]top-1: mean ± spread over seeds, of what ships; gain: points over nokd, the control, paired by seed.[/]"
     )

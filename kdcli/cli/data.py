@@ -20,5 +20,5 @@ def ls(data_root: o.Root = None, json: o.Json = False) -> None:
         return
     rows = [[f["name"], "here" if f["present"] else "not here", f["images"], f["classes"], f["where"]] for f in found]
     show.table(["name", "state", "images", "classes", "where"], rows, left=2)
-    show.console.print(f"[dim]data root[/] {where(data_root)} [dim](--data-root or KDCLI_DATA)[/]")
+    show.line("data root", f"{where(data_root)} (--data-root or KDCLI_DATA)")
     show.next_line("kdcli train --model NAME --data folder:DIR")

@@ -30,16 +30,12 @@ def distill(
         resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
         seed=seed, set=sets, out=out,
     )  # fmt: skip
-    from kdcli import device as devices, distill as room, run as runs
+    from kdcli import device as devices, distill as room
     from kdcli.cli import show
 
     picked = devices.pick(device)
     if resume:
-        run = runs.find(resume, learner=False)
-        if run.kind == "compare":
-            from kdcli.errors import RecipeError
-
-            raise RecipeError(f"{run.path} is a compare", hint=f"kdcli compare --resume {run.path}")
+        run = to_resume(resume, "distill")
         config, notes = run.recipe, []
     else:
         config, notes = o.assemble(
@@ -54,6 +50,19 @@ def distill(
     show.next_line("kdcli export --onnx")
 
 
+def to_resume(name, kind, *, finished_too=False):
+    """The run that --resume names. Raises RecipeError when it is finished, or another command's."""
+    from kdcli import run as runs
+    from kdcli.errors import RecipeError
+
+    run = runs.find(name, learner=False)
+    if run.kind != kind:
+        raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
+    if run.finished and not finished_too:
+        raise RecipeError(f"{run.path} is finished", hint=f"`kdcli runs show {run.path}` prints it.")
+    return run
+
+
 def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, keep=None):
     """Train one recipe into `run` and print its outcome; shared by distill and train."""
     from kdcli import distill as room
@@ -66,13 +75,10 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
         show.notes([*notes, *classroom.notes])
     if resume:
         room.same_room(run, classroom)
-        if run.finished:
-            from kdcli.errors import RecipeError
-
-            raise RecipeError(f"{run.path} is finished", hint="`kdcli runs show` prints it.")
     else:
         room.start(session, kind, classroom)
-    show.follow(room.go(session, resume=resume), config.method.name, quiet=quiet)
+    label = config.classroom.student.partition("@")[0] if kind == "train" else config.method.name
+    show.follow(room.go(session, resume=resume), label, quiet=quiet)
     result = room.result(config.method.name, run)
     if not quiet:
         published = config.expect.top1.get(config.method.name) if config.expect else None
@@ -84,7 +90,7 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
             rows.append([f"published ({config.expect.epoch} epoch) %", f"{published:.2f}"])
             rows.append(["", "reproduced" if within else f"off by {measured - published:+.2f}"])
         show.table(["", f"{data.name} test"], rows)
-        show.console.print(f"[dim]run[/] {run.path}")
+        show.line("run", run.path)
     return {
         "run": str(run.path), "top1": result.top1, "epoch": result.epoch, "last": result.last, "best": result.best,
         "best_epoch": result.best_epoch,

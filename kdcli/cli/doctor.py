@@ -16,7 +16,6 @@ def doctor(
     """Devices, precisions, versions, data roots, and a self-test of under a minute."""
     from kdcli import doctor as room
     from kdcli.cli import show
-    from kdcli.errors import KdcliError
 
     found = room.examine(self_test=test)
     if json:
@@ -26,6 +25,7 @@ def doctor(
             show.table([part, ""], [[key, value] for key, value in facts.items()], left=2)
             show.console.print()
     if test and found["self-test"]["result"] != "passed":
-        raise KdcliError("the self-test failed", hint="The table above says where; `--debug` shows the traceback.")
+        show.errors.print("[red bold]error:[/] the self-test failed: what is above says where")
+        raise typer.Exit(1)
     if not json:
         show.next_line("kdcli quickstart")

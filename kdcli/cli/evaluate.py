@@ -6,13 +6,13 @@ import typer
 
 from kdcli.cli import options as o
 
-EXAMPLES = ("kdcli evaluate", "kdcli evaluate student.onnx --data folder:pictures --mentors")
+EXAMPLES = ("kdcli evaluate", "kdcli evaluate student.onnx --data folder:pictures")
 
 
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(help="A run, an ONNX file or NAME@WEIGHTS; default: the newest run.", metavar="[RUN|FILE|NAME]"),
+        typer.Argument(help="A run, an ONNX file or NAME@WEIGHTS; default: the newest run.", metavar="RUN|FILE|NAME"),
     ] = None,
     data: o.Data = None,
     split: Annotated[str, typer.Option(help="test, train or holdout.")] = "test",
@@ -31,11 +31,11 @@ def evaluate(
     from kdcli.cli.subject import subject
     from kdcli.errors import DataError, RecipeError
 
-    picked = devices.pick(device)
-    what = subject(model, data=data, root=data_root, sets=sets, skip_corrupt=skip_corrupt, device=picked)
-    part = {"test": what.data.test, "train": what.data.train, "holdout": what.data.holdout}.get(split)
     if split not in ("test", "train", "holdout"):
         raise RecipeError(f"--split {split}: no such part", hint="Allowed: test, train, holdout.")
+    picked = devices.pick(device)
+    what = subject(model, data=data, root=data_root, sets=sets, skip_corrupt=skip_corrupt, device=picked)
+    part = {"test": what.data.test, "train": what.data.train, "holdout": what.data.holdout}[split]
     if part is None:
         raise DataError(f"{what.data.name} has no held-out slice", hint="--set data.holdout=0.1, or --split test.")
     teachers = {}
@@ -63,4 +63,9 @@ def evaluate(
         worst = worst[:20]
         show.console.print(f"[dim]the 20 hardest of {len(result.per_class)} classes; --json has all[/]")
     show.table(["class", "top-1 %"], [[name, f"{value:.1f}"] for name, value in worst])
-    show.next_line("kdcli export --onnx" if what.run else "kdcli bench")
+    if what.run:
+        show.next_line("kdcli export --onnx" + (f" {model}" if model else ""))
+    elif model and model.endswith(".onnx"):
+        show.next_line(f"kdcli bench {model}")
+    else:
+        show.next_line(f"kdcli distill --teacher {model} --student NAME --data {what.data.name}")

@@ -22,10 +22,13 @@ def export(
     from dataclasses import asdict
     from pathlib import Path
 
+    from kdcli import run as runs
     from kdcli.cli import show
     from kdcli.cli.subject import subject
     from kdcli.export.onnx import export_onnx
 
+    if run:
+        runs.find(run)  # a run and nothing else: only its recipe says on which pictures to check the file
     what = subject(run, data=None, root=data_root, sets=None, skip_corrupt=False, device="cpu")
     assert what.run is not None
     path = Path(file) if file else what.run.path / "student.onnx"

@@ -10,7 +10,9 @@ EXAMPLES = ("kdcli models mobilenet", "kdcli models 'cifar_*' --classes 100 --im
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help="A part of the name, or a pattern with *.")] = "cifar_*",
+    pattern: Annotated[
+        str, typer.Argument(help="A part of the name, or a pattern with *.", metavar="PATTERN")
+    ] = "cifar_*",
     source: Annotated[str | None, typer.Option(help="Only zoo, timm or torchvision.")] = None,
     classes: Annotated[int | None, typer.Option(help="Count parameters for this many classes.", min=1)] = None,
     image_size: Annotated[int | None, typer.Option(help="Count multiply-adds at this size.", min=8)] = None,

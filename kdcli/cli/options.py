@@ -22,7 +22,9 @@ Method = Annotated[str | None, typer.Option(help="classroom (default), aver, kd 
 Epochs = Annotated[int | None, typer.Option(help="Length of the training.", min=1)]
 Seed = Annotated[int | None, typer.Option(help="Initial weights and noise (train.seed).", min=0)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, mps; default: the best here.", metavar="NAME")]
-Out = Annotated[str | None, typer.Option(help="The run's folder (default runs/<time>-<student>-<method>).")]
+Out = Annotated[
+    str | None, typer.Option(help="The run's folder (default runs/<time>-<student>-<method>).", metavar="DIR")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe key, e.g. train.lr=0.01. Repeatable.", metavar="KEY=VALUE")
 ]
@@ -30,7 +32,7 @@ From = Annotated[str | None, typer.Option("--recipe", help="A recipe file or a b
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 Resume = Annotated[str | None, typer.Option(help="Continue this run where it stopped.", metavar="RUN")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")]
-RunName = Annotated[str | None, typer.Argument(help="A run's folder or name; default: the newest.", metavar="[RUN]")]
+RunName = Annotated[str | None, typer.Argument(help="A run's folder or name; default: the newest.", metavar="RUN")]
 
 
 def assemble(

@@ -12,23 +12,27 @@ app = typer.Typer(no_args_is_help=True, help="The built-in recipes: list, show, 
 
 @app.command("ls", epilog="Examples:\n\nkdcli recipes ls\n\nkdcli recipes ls cifar100")
 def ls(
-    part: Annotated[str, typer.Argument(help="Only names that hold this.")] = "",
+    part: Annotated[str, typer.Argument(help="Only names that hold this.", metavar="PART")] = "",
     json: o.Json = False,
 ) -> None:
     """List the built-in recipes."""
     from kdcli import recipe as recipes
     from kdcli.cli import show
+    from kdcli.errors import RecipeError
 
     found = [(name, recipes.load(name)) for name in recipes.names() if part in name]
+    if not found:
+        raise RecipeError(f"no built-in recipe's name holds {part!r}", hint="`kdcli recipes ls` lists all.")
     if json:
         show.as_json([{"name": name, "title": one.title, "source": one.source} for name, one in found])
         return
     rows = [
-        [name, one.title, "" if not one.expect else f"{one.expect.top1.get(one.method.name, 0):.2f}"]
+        [name, one.title, f"{one.expect.top1[one.method.name]:.2f}"
+         if one.expect and one.method.name in one.expect.top1 else ""]
         for name, one in found
-    ]
+    ]  # fmt: skip
     show.table(["recipe", "what", "published %"], rows, left=2)
-    show.next_line(f"kdcli recipes cat {found[0][0] if found else 'quickstart'}")
+    show.next_line(f"kdcli recipes cat {found[0][0]}")
 
 
 @app.command("cat", epilog="Examples:\n\nkdcli recipes cat quickstart\n\nkdcli recipes cat cifar100/r56-r20 --whole")
@@ -55,13 +59,13 @@ def cp(
     to: Annotated[Path | None, typer.Argument(help="The new file (default: the recipe's name here).")] = None,
 ) -> None:
     """Copy a recipe, with all it extends, to edit it."""
-    from kdcli import recipe as recipes, run as runs
+    from kdcli import files, recipe as recipes
     from kdcli.cli import show
     from kdcli.errors import RecipeError
 
     target = to or Path(Path(name).with_suffix(".toml").name)
     if target.exists():
         raise RecipeError(f"{target} exists", hint="Name another file.")
-    runs.write_text(target, recipes.load(name).toml())
-    show.console.print(f"{target}")
+    files.write_text(target, recipes.load(name).toml())
+    show.line("wrote", target)
     show.next_line(f"kdcli check --recipe {target}")

@@ -52,7 +52,8 @@ def show_run(run: o.RunName = None, json: o.Json = False) -> None:
         show.as_json({"run": str(found.path), "provenance": facts, "metrics": rows})
         return
     plain = ("kind", "command", "started", "device", "recipe", "top1", "epoch", "best", "best_epoch")
-    lines = [[key, facts[key]] for key in plain if key in facts]
+    known = {key: facts[key] for key in plain if key in facts}
+    lines = [[key, f"{fact:.2f}" if isinstance(fact, float) else fact] for key, fact in known.items()]
     lines += [["data", f"{facts['data']['name']} ({facts['data']['hash'][:12]})"]]
     lines += [[f"mentor {name}", f"{m['architecture']} ({m['sha256'][:12]})"] for name, m in facts["mentors"].items()]
     lines += [["state", "done" if found.finished else f"stopped after {len(rows)} epochs"]]
@@ -84,5 +85,5 @@ def rm(
     if not yes:
         typer.confirm(f"Remove {found.path} ({show.size(found.size())})?", abort=True)
     found.remove()
-    show.console.print(f"removed {found.path}")
+    show.line("removed", found.path)
     show.next_line("kdcli runs ls")

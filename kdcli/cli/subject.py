@@ -6,7 +6,7 @@ from typing import Any
 
 from kdcli import recipe as recipes, run as runs
 from kdcli.cli import show
-from kdcli.errors import RecipeError, WeightsError
+from kdcli.errors import RecipeError, WeightsError, did_you_mean
 from kdcli.recipe import Recipe
 from kdcli.run import Run
 
@@ -34,8 +34,7 @@ def subject(
     if given and not (Path(given) / "provenance.json").is_file() and not (runs.ROOT / given).is_dir():
         return _named(given, over, device)
     run = runs.find(given)
-    if given is None:
-        show.errors.print(f"[dim]run[/] {run.path} [dim](the newest)[/]")
+    show.named(run, given)
     member = student_of(run)
     opened = _data(run.recipe.with_(**over), member.input_size, device)
     _same_classes(member.num_classes, opened, run.name)
@@ -71,8 +70,19 @@ def _onnx(path: str, over: dict[str, Any], device: Any) -> Subject:
 
 def _named(spec: str, over: dict[str, Any], device: Any) -> Subject:
     """NAME[@WEIGHTS] read as a mentor is: with weights, or refused."""
+    from kdcli import names
     from kdcli.classroom import seat
 
+    try:
+        names.resolve(spec)
+    except RecipeError as error:
+        known = [run.name for run in runs.every()]
+        if "@" in spec or ":" in spec:
+            raise
+        raise RecipeError(
+            f"{spec!r} is neither a run, an ONNX file nor a model's name",
+            hint=f"{did_you_mean(spec, known) if known else error.hint} `kdcli runs ls` lists the runs.",
+        ) from None
     recipe = Recipe().with_(**{"classroom.student": spec.partition("@")[0], "classroom.teacher": spec, **over})
     if recipe.data.name is None:
         raise RecipeError(f"{spec}: on which data?", hint="Add --data NAME; `kdcli data ls` lists them.")

@@ -13,7 +13,9 @@ EXAMPLES = (
 
 
 def train(
-    model: Annotated[str, typer.Option(help="NAME trains from scratch, NAME@pretrained fine-tunes.", metavar="NAME")],
+    model: Annotated[
+        str | None, typer.Option(help="NAME trains from scratch, NAME@pretrained fine-tunes.", metavar="NAME")
+    ] = None,
     data: o.Data = None,
     keep: Annotated[
         str | None, typer.Option(help="Epochs whose weights are kept as mentors of lesser skill.", metavar="E1,E2")
@@ -30,17 +32,22 @@ def train(
     json: o.Json = False,
 ) -> None:
     """Train or fine-tune one model and add it to your zoo, where its bare name finds it for the same data."""
-    o.no_flags_with_resume(resume, data=data, recipe=recipe, epochs=epochs, seed=seed, set=sets, out=out, keep=keep)
-    from kdcli import device as devices, distill as room, run as runs
+    o.no_flags_with_resume(
+        resume, model=model, data=data, recipe=recipe, epochs=epochs, seed=seed, set=sets, out=out, keep=keep
+    )
+    from kdcli import device as devices, distill as room
     from kdcli.cli import show
-    from kdcli.cli.distill import train_one
+    from kdcli.cli.distill import to_resume, train_one
+    from kdcli.errors import RecipeError
 
     picked = devices.pick(device)
     if resume:
-        run = runs.find(resume)
+        run = to_resume(resume, "train")
         config, notes = run.recipe, []
         wanted = set(run.provenance.get("keep", []))
     else:
+        if not model:
+            raise RecipeError("no model is named", hint="Add --model NAME; `kdcli models` searches the names.")
         config, notes = o.assemble(
             recipe, data=data, root=data_root, student=model, method="nokd", epochs=epochs, seed=seed,
             skip_corrupt=skip_corrupt, sets=sets,
@@ -49,14 +56,14 @@ def train(
         run = room.run_folder(out, config, "train")
         wanted = _epochs(keep, config.train.epochs)
     outcome = train_one(config, run, picked, "train", notes=notes, resume=bool(resume), quiet=json, keep=wanted)
-    added = into_zoo(run)
+    added, name = into_zoo(run), str(config.classroom.student).partition("@")[0]
     if json:
         show.as_json({**outcome, "zoo": added.model_dump()})
         return
-    show.console.print(f"[dim]zoo[/] {added.architecture} on {added.dataset}, {added.top1:.2f} % ({added.sha256[:12]})")
+    show.line("zoo", f"{added.architecture} on {added.dataset}, {added.top1:.2f} % ({added.sha256[:12]})")
     for epoch in sorted(wanted):
-        show.console.print(f"[dim]kept[/] {model.partition('@')[0]}@{run.path}#{epoch}")
-    show.next_line(f"kdcli distill --teacher {model.partition('@')[0]} --student NAME --data {config.data.name}")
+        show.line("kept", f"{name}@{run.path}#{epoch}")
+    show.next_line(f"kdcli distill --teacher {name} --student NAME --data {config.data.name}")
 
 
 def into_zoo(run):

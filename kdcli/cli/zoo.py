@@ -53,7 +53,7 @@ def add(
     if json:
         show.as_json(card.model_dump(mode="json"))
         return
-    show.console.print(f"added {card.line()} ({card.sha256[:12]})")
+    show.line("added", f"{card.line()} ({card.sha256[:12]})")
     show.next_line("kdcli zoo ls")
 
 

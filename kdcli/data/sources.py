@@ -164,6 +164,9 @@ def _open_folder(config: DataConfig, kind: str, path: Path, augment: str, device
     if config.skip_corrupt or len(train) + len(test) <= QUICK_CHECK:
         train, test = (_checked(part, config.skip_corrupt, cores, skipped) for part in (train, test))
         check_classes(train.labels, train.classes, f"{path}, {len(skipped)} corrupt files left out")
+    if skipped:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        notes.append(("data.skip_corrupt", f"{len(skipped)} left out: {', '.join(skipped[:5])}{more}", "unreadable"))
     pool = folder.Pool((train, test), views, workers)
     stores: list[Store] = []
     for part in (0, 1):

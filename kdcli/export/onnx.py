@@ -429,7 +429,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """The disk's refusals as KdcliError."""
+    """The disk's refusals as DataError."""
     try:
         yield
     except OSError as error:
@@ -438,8 +438,8 @@ def _disk(path: Path) -> Iterator[None]:
             if error.errno == errno.ENOSPC
             else "Choose a place you can write to."
         )
-        raise KdcliError(
-            f"cannot write {path}: {error.strerror or error}", hint=f"{cure} `--out` says where."
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}", hint=f"{cure} `--file` says where."
         ) from error
 
 

@@ -1,0 +1,55 @@
+"""kdcli check: the classroom's table, measured, and a warning for a mentor that guesses."""
+
+from cli_kit import CLASSROOM, PEER, STUDENT, TEACHER, TINY, add_mentors, kdcli
+
+from kdcli import names, recipe as recipes
+
+
+def size(name: str) -> int:
+    return sum(p.numel() for p in names.create(names.resolve(name), 10).module.parameters())
+
+
+def test_the_table_has_sizes_scores_and_the_sums_of_table_7():
+    add_mentors(TEACHER, PEER, fit=True)
+    said = kdcli("check", *CLASSROOM, *TINY)
+    found = kdcli("check", *CLASSROOM, *TINY, "--json").json
+    student, teacher, peer = found["seats"]
+    assert [one["role"] for one in found["seats"]] == ["student", "teacher", "peer"]
+    assert [one["params"] for one in found["seats"]] == [size(STUDENT), size(TEACHER), size(PEER)]
+    assert student["top1"] is None
+    measured = kdcli("evaluate", TEACHER, "--data", "digits", "--json").json["top1"]
+    assert teacher["top1"] == measured > 50
+    assert peer["macs"] < teacher["macs"]
+    n_plus_1 = f"(n+1)t {2 * size(TEACHER) / 1e6:.2f} M"
+    assert n_plus_1 in said.out
+    assert f"1t+np {(size(TEACHER) + size(PEER)) / 1e6:.2f} M" in said.out
+    assert f"{size(TEACHER):,}" in said.out
+    assert f"{teacher['top1']:.2f}" in said.out
+    assert "warning" not in said.out
+    assert found["warnings"] == []
+    assert "50 training images, 360 test images, 10 classes" in said.out
+    assert said.next == " ".join(["kdcli distill", *CLASSROOM, *TINY])
+
+
+def test_a_mentor_that_guesses_is_warned_of(here):
+    add_mentors(TEACHER, PEER)
+    said = kdcli("check", *CLASSROOM, *TINY)
+    assert f"warning: {TEACHER} scores" in said.out
+    assert "guessing 10.00 %" in said.out
+    assert len(kdcli("check", *CLASSROOM, *TINY, "--json").json["warnings"]) == 2
+    assert not (here / "runs").exists()
+
+
+def test_only_as_many_images_are_scored_as_asked():
+    add_mentors(TEACHER)
+    said = kdcli("check", "--teacher", TEACHER, "--student", STUDENT, "--data", "digits", *TINY, "--images", "100")
+    assert "mentors scored on 128 of 360 test images" in said.out
+
+
+def test_a_recipe_is_checked_and_named_again_in_the_next_line(here):
+    quickstart = recipes.load("quickstart")
+    add_mentors(str(quickstart.classroom.teacher), *quickstart.classroom.peers)
+    kdcli("recipes", "cp", "quickstart", "mine.toml")
+    said = kdcli("check", "--recipe", "mine.toml", "--set", "train.lr=0.1")
+    assert said.next == "kdcli distill --recipe mine.toml --set train.lr=0.1"
+    assert f"{quickstart.train.epochs} epochs: about" in said.out

@@ -1,0 +1,112 @@
+"""What the command line's tests share: commands run in this process, mentors that need no training, small pictures."""
+
+import contextlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kdcli import names, zoo
+from kdcli.cli import main
+from kdcli.data import open_data
+from kdcli.recipe import DataConfig
+from kdcli.zoo import Card
+
+STUDENT, TEACHER, PEER = "cifar_resnet10_xxs", "cifar_resnet14", "cifar_resnet8"
+CLASSROOM = ("--teacher", TEACHER, "--peers", PEER, "--student", STUDENT, "--data", "digits")
+TINY = ("--epochs", "1", "--set", "data.per_class=5", "--set", "train.batch_size=16")
+"""Four updates on fifty digits."""
+
+
+@dataclass
+class Said:
+    """What a command printed and how it left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as JSON: fails when anything else is there."""
+        return json.loads(self.out)
+
+    @property
+    def next(self) -> str:
+        """The command of the last line."""
+        last = self.out.rstrip().splitlines()[-1]
+        assert last.startswith("Next: "), self.out
+        return last.removeprefix("Next: ")
+
+
+def kdcli(*args: object, code: int | None = 0) -> Said:
+    """Run a command in this process; its exit code must be `code` (None: any)."""
+    out, err, left = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as leaving:
+            left = leaving.code if isinstance(leaving.code, int) else 0
+    said = Said(left, out.getvalue(), err.getvalue())
+    assert code is None or said.code == code, f"exit {said.code}\n{said.out}\n{said.err}"
+    return said
+
+
+def add_mentors(*specs: str, data: str = "digits", image_size: int = 16, fit: bool = False) -> None:
+    """Put networks into the zoo of the KDCLI_HOME now in force, random ones or, with `fit`, with a head that answers.
+
+    The head is the least-squares answer over the random network's own features: a real, if modest, classifier.
+    """
+    pictures = open_data(DataConfig(name=data, image_size=image_size, augment="none" if data == "digits" else "auto"))
+    k = len(pictures.classes)
+    for spec in specs:
+        torch.manual_seed(0)
+        name = names.resolve(spec)
+        net = names.create(name, k).module.eval()
+        if fit:
+            _fit_head(net, pictures)
+        card = Card(
+            name=f"{name.arch} on {data}", architecture=name.full, dataset=data, data_hash=pictures.hash, num_classes=k,
+            classes=pictures.classes, image_size=image_size, mean=pictures.mean, std=pictures.std, origin="a test",
+        )  # fmt: skip
+        zoo.add(net.state_dict(), card)
+
+
+@torch.no_grad()
+def _fit_head(net: Any, pictures: Any) -> None:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (pictures.mean, pictures.std))
+    rows, target = [], []
+    for batch in pictures.train.plain(256, torch.device("cpu")):
+        rows.append(net.forward_head(net.forward_features((batch.pixels - mean) / std), pre_logits=True))
+        target.append(batch.target)
+    x, y = torch.cat(rows), torch.nn.functional.one_hot(torch.cat(target)).float()
+    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    solution = torch.linalg.solve(x.T @ x + 1e-3 * torch.eye(x.shape[1]), x.T @ y.double()).float()
+    head = net.get_classifier()
+    head.weight.copy_(10 * solution[:-1].T)
+    head.bias.copy_(10 * solution[-1])
+
+
+def picture_folder(
+    root: Path, classes: tuple[str, ...], *, train: int = 8, val: int = 4, size: int = 32, ending: str = "jpg"
+) -> Path:
+    """train/ and val/ of small pictures of noise around a colour that tells the class."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for n, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = rng.integers(0, 128, (size, size, 3)) + 127 * (n % 2)
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{name}_{i}.{ending}")
+    return root
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment for a kdcli in a process of its own."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
