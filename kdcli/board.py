@@ -18,10 +18,13 @@ def check() -> None:
 
 
 def write(folder: Path, row: dict[str, Any]) -> None:
-    """Append one epoch's metrics under the names they have in metrics.jsonl; `tensorboard --logdir runs` shows them."""
+    """Append one epoch's metrics under the names they have in metrics.jsonl; `tensorboard --logdir runs` shows them.
+
+    An epoch that a resumed run does again takes the place of the earlier one.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=row["epoch"]) as writer:
         for name, value in row.items():
             if name != "epoch":
                 writer.add_scalar(name, value, row["epoch"])

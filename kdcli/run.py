@@ -39,7 +39,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.path / "student.safetensors").is_file() or (self.path / "compare.json").is_file()
+        """Whether nothing is left to do: the score is the last thing a run writes, the table a compare's."""
+        return "top1" in self.provenance or (self.path / "compare.json").is_file()
+
+    @property
+    def done(self) -> bool:
+        """As `finished`, also where the folder was not begun."""
+        return (self.path / "provenance.json").is_file() and self.finished
 
     @property
     def kind(self) -> str:
@@ -47,13 +53,17 @@ class Run:
 
     def start(self, recipe: Recipe, provenance: dict[str, Any]) -> None:
         """Lay the folder out. Raises RecipeError when it already holds a run."""
+        self.check_free()
+        write_text(self.path / "recipe.toml", recipe.toml())
+        write_text(self.path / "provenance.json", json.dumps(provenance, indent=1))
+
+    def check_free(self) -> None:
+        """Raise RecipeError when the folder already holds a run."""
         if (self.path / "provenance.json").exists():
             raise RecipeError(
                 f"{self.path} already holds a run",
                 hint=f"Choose another --out, continue it with --resume {self.path}, or `kdcli runs rm {self.path}`.",
             )
-        write_text(self.path / "recipe.toml", recipe.toml())
-        write_text(self.path / "provenance.json", json.dumps(provenance, indent=1))
 
     def amend(self, **facts: Any) -> None:
         """Add facts to the provenance (finished, minutes, scores)."""
@@ -128,8 +138,16 @@ def new(student: str, method: str, out: Path | None = None) -> Run:
 
 def every() -> list[Run]:
     """All runs under runs/, the oldest first; the learners of a compare are listed inside theirs, not here."""
-    runs = [Run(path.parent) for path in ROOT.glob("*/provenance.json")]
-    return sorted(runs, key=lambda run: (run.provenance.get("started", ""), run.name))
+    runs: dict[tuple[str, str], Run] = {}
+    for path in ROOT.glob("*/provenance.json"):
+        run = Run(path.parent)
+        try:
+            started, _ = str(run.provenance.get("started", "")), run.recipe  # both must be readable
+        except RecipeError as error:
+            print(f"warning: {run.path} is left out: {error.message}", file=sys.stderr)
+        else:
+            runs[started, run.name] = run
+    return [runs[key] for key in sorted(runs)]
 
 
 def find(name: str | None, *, learner: bool = True) -> Run:
@@ -189,4 +207,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{path}: not a run's provenance: {error}", hint="`kdcli runs ls` lists the runs.") from None
+        raise RecipeError(
+            f"{path}: not a run's provenance: {error}", hint=f"Remove the folder {path.parent}."
+        ) from None

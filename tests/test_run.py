@@ -25,8 +25,10 @@ def recipe() -> Recipe:
 def made(name: str, started: str, *, finished: bool = True, kind: str = "distill", **facts: object) -> Run:
     run = Run(Path("runs") / name)
     run.start(recipe(), {**runs.provenance(kind, recipe(), **facts), "started": started})
-    if finished:
-        (run.path / ("compare.json" if kind == "compare" else "student.safetensors")).touch()
+    if finished and kind == "compare":
+        (run.path / "compare.json").touch()
+    elif finished:
+        run.amend(top1=70.0)
     return run
 
 
@@ -186,3 +188,15 @@ def test_provenance_is_plain_json() -> None:
     assert json.loads(json.dumps(facts)) == facts
     assert facts["command"].startswith("kdcli")
     assert runs._version("no-such-package-at-all") == "not installed"
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    made("good", "2026-01-01T00:00:00")
+    broken = made("broken", "2026-01-02T00:00:00")
+    (broken.path / "provenance.json").write_text("{")
+    made("odd", "2026-01-03T00:00:00").path.joinpath("recipe.toml").write_text("nonsense = 1")
+    assert [run.name for run in runs.every()] == ["good"]
+    assert runs.find(None).name == "good"
+    said = capsys.readouterr().err
+    assert "broken is left out" in said
+    assert "odd is left out" in said
