@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from kdcli import distill
+from kdcli import distill, methods
 from kdcli.classroom import Classroom
-from kdcli.cli.show import duration
 from kdcli.data import DataSet
 from kdcli.evaluate import score_answers
 from kdcli.recipe import Recipe
 from kdcli.run import Run
+from kdcli.tasks import Classify
 
 CLOSE_TO_CHANCE = 2.0  # a mentor below this many times the accuracy of guessing is warned of
 
@@ -38,17 +38,17 @@ class Look:
     seats: list[Seat]
     words: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # what the recipe's epochs would take here, scoring not counted
     notes: list[tuple[str, object, str]] = field(default_factory=list)
 
 
 def look(recipe: Recipe, device: torch.device, images: int) -> Look:
     """Resolve, load, score the mentors on up to `images` test images (0: all), take a few steps and throw them away."""
-    teaches = recipe.method.name != "nokd"
+    teaches = methods.find(recipe.method.name).teachers > 0
     data, classroom = distill.open_room(recipe, device, mentors=teaches)
     student = classroom.student(recipe.train.seed)
     params, macs = student.count()
     seats = [Seat("student", student.name, params, macs, student.input_size, None, student.origin or "from scratch")]
-    classroom.notes.append((student.name, student.origin or "from scratch", "the student's weights"))
     found = Look(seats, notes=classroom.notes)
     step, update, batches = _dry_steps(recipe, classroom)
     seen = 0
@@ -57,7 +57,7 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
         top1, seen = _score(mentor, data, images, device)
         role = "teacher" if n == 0 else "peer"
         seats.append(Seat(role, mentor.name, params, macs, mentor.input_size, top1, mentor.origin))
-        chance = 100 / len(data.classes)
+        chance = Classify(len(data.classes)).chance
         if top1 < CLOSE_TO_CHANCE * chance:
             found.warnings.append(
                 f"{mentor.name} scores {top1:.2f} %, guessing {chance:.2f} %: its classes, its normalisation or its "
@@ -71,10 +71,8 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
         )
         found.words.append(f"mentors scored on {seen} of {len(data.test)} test images")
     found.words.append(f"{len(data.train)} training images, {len(data.test)} test images, {len(data.classes)} classes")
-    found.words.append(
-        f"one step {1000 * update:.0f} ms here ({step}), {batches} steps an epoch, {recipe.train.epochs} epochs: "
-        f"about {duration(update * batches * recipe.train.epochs)}"
-    )
+    found.words.append(f"one step {1000 * update:.0f} ms here ({step}), {batches} steps an epoch")
+    found.seconds = update * batches * recipe.train.epochs
     return found
 
 

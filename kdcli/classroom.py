@@ -170,6 +170,18 @@ def _mentor(spec: str, config: ClassroomConfig, data: DataSet, notes: list[tuple
         net.classes = card.classes or net.classes
     library = found.pretrained or (name.source != "zoo" and found.num_classes == names.has_pretrained(name))
     size = card.image_size if card else net.input_size if (library or net.fixed_size) else data.image_size
+    if card is None and not found.pretrained:
+        notes.append(
+            (name.full, f"{size} px, mean {net.mean}, std {net.std}", "no card says; what the network expects")
+        )
+    if (
+        card
+        and config.class_map == "off"
+        and card.classes
+        and [*map(_fold, card.classes)] != [*map(_fold, data.classes)]
+    ):
+        why = "taken in order; --set classroom.class_map=auto matches names"
+        notes.append((name.full, f"calls its classes otherwise: {', '.join(card.classes[:3])}, ...", why))
     member = Member(
         net.module,
         name,

@@ -11,12 +11,13 @@ import torch
 from kdcli import distill, files, run as runs
 from kdcli.classroom import Classroom
 from kdcli.engine import EpochEnd, Session, Step
+from kdcli.errors import InterruptedRun
 from kdcli.recipe import Recipe
 from kdcli.run import Run
 
 CONTROL = "nokd"
-Follow = Callable[[Iterator[Step | EpochEnd], str], None]
-"""Runs a training to its end under a label."""
+Follow = Callable[[Classroom, Iterator[Step | EpochEnd], str], None]
+"""Tells what was chosen for a classroom, and runs its training to the end under a label."""
 
 
 @dataclass
@@ -86,9 +87,11 @@ def _lay_out(
     run.start(recipe, runs.provenance("compare", recipe, **facts))
 
 
-def _lay_out_learners(session: Session, classroom: Classroom) -> None:
+def _lay_out_learners(session: Session, classroom: Classroom, *, again: bool = False) -> None:
     facts = distill.facts_of(classroom)
     for learner in session.learners:
+        if again and session.runs[learner.name].path.is_dir():  # stopped before its first checkpoint
+            session.runs[learner.name].remove()
         session.runs[learner.name].start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
 
 
@@ -100,7 +103,14 @@ def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
 
 
 def independent(
-    recipe: Recipe, methods: list[str], seeds: list[int], device: torch.device, run: Run, follow: Follow
+    recipe: Recipe,
+    methods: list[str],
+    seeds: list[int],
+    device: torch.device,
+    run: Run,
+    follow: Follow,
+    *,
+    resume: bool = False,
 ) -> Comparison:
     """As `go`, but every seed has its own stream too (data.seed = train.seed), one stream after the other."""
     for n, seed in enumerate(seeds):
@@ -108,11 +118,18 @@ def independent(
         _, classroom = distill.open_room(own, device)
         session = open_session(own, methods, [seed], classroom, Run(run.path / f".seed-{seed}"))
         session.runs = {learner.name: Run(run.path / learner.name) for learner in session.learners}
-        if n == 0:
+        if n == 0 and not resume:
             _lay_out(run, classroom, recipe, methods, seeds, independent=True)
-        session.run.path.mkdir()
-        _lay_out_learners(session, classroom)
-        follow(distill.go(session), f"seed {seed}: {len(session.learners)} students")
+        if all(one.done for one in session.runs.values()):
+            continue  # this seed was through before the compare was stopped
+        going_on = (session.run.path / "last.ckpt").is_file()
+        if not going_on:
+            session.run.path.mkdir(exist_ok=True)
+            _lay_out_learners(session, classroom, again=resume)
+        try:
+            follow(classroom, distill.go(session, resume=going_on), f"seed {seed}: {len(session.learners)} students")
+        except InterruptedRun as stopped:
+            raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
         session.run.remove()
     found = summarise(run)
     files.write_text(run.path / "compare.json", found.json())

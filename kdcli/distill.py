@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kdcli import board, device as devices, engine, files, run as runs
-from kdcli.classroom import Classroom, seat
+from kdcli import board, device as devices, engine, files, methods, run as runs, weights, zoo
+from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
 from kdcli.engine import EpochEnd, Learner, Session, Step
 from kdcli.errors import RecipeError, WeightsError
@@ -47,11 +47,6 @@ def open_session(
     """
     recipe, data, device = next(iter(recipes.values())), classroom.data, classroom.device
     config = recipe.train
-    if config.batch_size > len(data.train):
-        raise RecipeError(
-            f"train.batch_size = {config.batch_size}, but {data.name} has only {len(data.train)} training images",
-            hint=f"--set train.batch_size={max(1, 2 ** (len(data.train).bit_length() - 2))}",
-        )
     if config.tensorboard:
         board.check()
     stream = Stream(
@@ -66,12 +61,23 @@ def open_session(
     )
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
     precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
+    classroom.notes += [(f"method {one.method.name}", _options(one), "a method's own defaults but for what is given")
+                        for one in {one.method.name: one for one in recipes.values()}.values()]  # fmt: skip
+    student = learners[0].student
+    classroom.notes.append((student.name, student.origin, "the student's weights"))
+    classroom.notes.append(("device", devices.describe(device), "--device chooses"))
     classroom.notes.append(("train.precision", learners[0].precision, learners[0].precision_why))
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
     wanted = any(learner.method.teachers for learner in learners)
     mentors = Mentors(classroom.mentors if wanted else [], precision, device)
     return Session(learners, stream, mentors, data, run, folders, config, keep or set())
+
+
+def _options(recipe: Recipe) -> str:
+    """All options of a recipe's method as they are in force."""
+    values = {key: p.default for key, p in methods.options(recipe.method.name).items()} | recipe.method.options
+    return ", ".join(f"{key} = {value}" for key, value in values.items() if value is not None) or "no options"
 
 
 def start(session: Session, kind: str, classroom: Classroom, **facts: Any) -> None:
@@ -92,15 +98,25 @@ def facts_of(classroom: Classroom) -> dict[str, Any]:
     data = classroom.data
     return {
         "device": devices.describe(classroom.device),
-        "data": {"name": data.name, "hash": data.hash, "train": len(data.train), "test": len(data.test)},
+        "data": {
+            "name": data.name,
+            "hash": data.hash,
+            "image_size": data.image_size,
+            "train": len(data.train),
+            "test": len(data.test),
+        },
         "mentors": {m.name: {"architecture": m.architecture.full, "sha256": m.digest} for m in classroom.mentors},
         "chosen": [[key, str(value), why] for key, value, why in classroom.notes],
     }
 
 
 def same_room(run: Run, classroom: Classroom) -> None:
-    """Raise WeightsError when a run to be resumed had other data or mentors than are here now."""
+    """Raise KdcliError when a run to be resumed had another recipe, other data or other mentors than are here now."""
     before, now = run.provenance, facts_of(classroom)
+    if run.recipe.hash() != before["recipe"]:
+        raise RecipeError(
+            f"{run.path}/recipe.toml is not the one the run began with", hint="Put it back, or start a new run with it."
+        )
     if before["data"]["hash"] != now["data"]["hash"]:
         raise WeightsError(
             f"{run.path} was trained on other pictures than {classroom.data.name} holds now",
@@ -157,9 +173,22 @@ def result(name: str, run: Run) -> Result:
     return Result(name, run, facts["top1"], facts["last"], facts["best"], facts["best_epoch"], facts["epoch"])
 
 
+def student_of(run: Run) -> Member:
+    """A finished run's student. Raises WeightsError when it is not finished or its files are broken."""
+    if not (run.path / "student.safetensors").is_file() or not (run.path / "student.toml").is_file():
+        raise WeightsError(
+            f"{run.path} has no student yet: it was stopped before its end",
+            hint=f"`kdcli runs show {run.path}` says how to continue it.",
+        )
+    card = zoo.read_card(run.path / "student.toml")
+    return from_card(card, weights.load_state(run.path / "student.safetensors"))
+
+
 def run_folder(out: str | None, recipe: Recipe, method: str) -> Run:
-    """The folder of a new run (see `run.new`)."""
+    """The folder of a new run (see `run.new`). Raises RecipeError when `out` holds a run already."""
     student = (recipe.classroom.student or "model").partition("@")[0].partition(":")[2] or (
         recipe.classroom.student or "model"
     ).partition("@")[0]
-    return runs.new(student, method, Path(out) if out else None)
+    run = runs.new(student, method, Path(out) if out else None)
+    run.check_free()
+    return run

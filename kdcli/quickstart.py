@@ -10,7 +10,7 @@ import torch
 from kdcli import compare, distill, files, recipe as recipes, run as runs, weights, zoo
 from kdcli.classroom import Classroom, seat
 from kdcli.compare import Comparison
-from kdcli.errors import WeightsError
+from kdcli.data import open_data
 from kdcli.names import resolve
 from kdcli.recipe import Recipe
 from kdcli.report.shipping import Shipped, ship
@@ -45,16 +45,15 @@ def tell(config: Recipe, seeds: list[int], device: torch.device, out: str | None
     compare.start(session, classroom, config, METHODS, seeds)
     follow(compare.go(session), f"{len(session.learners)} students")
     found = compare.summarise(folder)
-    by_name = {learner.name: learner.graduate() for learner in session.learners}
-    first = seeds[0]  # never the best seed
+    kept = {name: Run(folder.path / f"{name}-{seeds[0]}") for name in (compare.CONTROL, "classroom")}  # never the best
     members = {
         "teacher": seat(config, data, device).mentors[0],  # afresh: those that taught may be in half precision
-        "control": by_name[f"{compare.CONTROL}-{first}"],
-        "student": by_name[f"classroom-{first}"],
+        "control": distill.student_of(kept[compare.CONTROL]),
+        "student": distill.student_of(kept["classroom"]),
     }
-    learner = Run(folder.path / f"classroom-{first}")
-    facts = {"run": str(learner.path), "dataset": data.name, "classes": json.dumps(data.classes)}
-    shipped = ship(members, data, folder.path, facts)
+    facts = {"dataset": data.name, "classes": json.dumps(data.classes)}
+    own = {"control": {"run": str(kept[compare.CONTROL].path)}, "student": {"run": str(kept["classroom"].path)}}
+    shipped = ship(members, data, folder.path, {role: facts | own.get(role, {}) for role in members})
     files.write_text(folder.path / "shipping.json", json.dumps([asdict(row) for row in shipped], indent=1))
     return Story(folder, classroom, found, shipped)
 
@@ -88,8 +87,10 @@ def train_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:
 
 
 def prepare_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:
-    """Train the quickstart's mentors unless the zoo has them."""
-    try:
-        distill.open_room(config, device)
-    except WeightsError:
+    """Train the quickstart's mentors where its own data and mentors are asked for and the zoo lacks one of them."""
+    ours, named = recipe(), config.classroom
+    if (config.data.name, named.teacher, named.peers) != (ours.data.name, ours.classroom.teacher, ours.classroom.peers):
+        return
+    content = open_data(config.data).hash
+    if any(zoo.find(resolve(str(name)).full, content) is None for name in (named.teacher, *named.peers)):
         train_mentors(config, device, follow)

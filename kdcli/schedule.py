@@ -39,6 +39,13 @@ def build(optimizer: Optimizer, config: TrainConfig, epochs: int, steps_per_epoc
     name = config.schedule
     warm = (config.warmup_epochs, config.warmup_lr)
     if name in ("crd", "classroom"):
+        idle = {"decay_epochs": config.decay_epochs, "min_lr": config.min_lr}
+        idle |= {"warmup_epochs": config.warmup_epochs} if name == "classroom" else {}
+        if given := [f"train.{key}" for key, value in idle.items() if value]:
+            raise RecipeError(
+                f'{", ".join(given)}: schedule = "{name}" is a published one and has its own',
+                hint='Leave the key out, or use schedule = "multistep" or "cosine".',
+            )
         falling = (epochs // 2, config.lr) if name == "classroom" else warm
         return _milestones(optimizer, [round(epochs * at / 240) for at in MILESTONES], 0.1, falling)
     if name not in (*TIMM, *PRESETS):

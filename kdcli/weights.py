@@ -274,7 +274,7 @@ def _from_run(name: ModelName, folder: Path, epoch: int | None) -> Found:
             )
         raise WeightsError(
             f"run {folder} has no {last.name}: it has not finished",
-            hint=f"kdcli distill --resume {folder}"
+            hint=f"`kdcli runs show {folder}` says how to continue it"
             + (f", or use an epoch it kept: @{folder}#{kept[-1]}" if kept else ""),
         )
     told = path.with_suffix(".toml")

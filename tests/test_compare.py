@@ -11,8 +11,8 @@ import torch
 
 from kdcli import compare, distill, run as runs
 from kdcli.compare import Comparison, Line
-from kdcli.engine import Session
-from kdcli.errors import RecipeError
+from kdcli.engine import EpochEnd, Session
+from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.recipe import Expect, Recipe
 from kdcli.run import Run
 
@@ -83,7 +83,7 @@ def test_options_of_other_methods_are_the_baselines_alone(tmp_path: Path) -> Non
 
 def test_a_batch_is_drawn_once_and_each_mentor_answers_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(kit.recipe("classroom"), tmp_path / "all", METHODS, SEEDS)
-    calls = dict.fromkeys(session.mentors.names, 0)
+    calls = dict.fromkeys([member.name for member in session.mentors.members], 0)
     for member in session.mentors.members:
         member.net.register_forward_hook(lambda *_, name=member.name: calls.update({name: calls[name] + 1}))
     drawn, epoch = [], session.stream.epoch
@@ -96,7 +96,7 @@ def test_a_batch_is_drawn_once_and_each_mentor_answers_it_once(tmp_path: Path, m
     monkeypatch.setattr(session.stream, "epoch", watched)
     kit.drive(compare.go(session))
     assert len(session.learners) == 8
-    assert calls == dict.fromkeys(session.mentors.names, 2 * kit.STEPS)
+    assert calls == dict.fromkeys([member.name for member in session.mentors.members], 2 * kit.STEPS)
     assert len(drawn) == 2 * kit.STEPS
 
 
@@ -190,7 +190,8 @@ def test_independent_seeds_have_streams_of_their_own(tmp_path: Path) -> None:
     config = kit.recipe("classroom", **{"train.epochs": 1})
     labels = []
 
-    def follow(events: Any, label: str) -> None:
+    def follow(classroom: Any, events: Any, label: str) -> None:
+        assert classroom.notes
         labels.append(label)
         kit.drive(events)
 
@@ -206,6 +207,36 @@ def test_independent_seeds_have_streams_of_their_own(tmp_path: Path) -> None:
             own = alone(config.with_(**{"data.seed": seed}), method, seed, tmp_path / f"{method}-{seed}")
             assert kit.same(kit.student(own), kit.student(Run(run.path / f"{method}-{seed}")))
             assert Run(run.path / f"{method}-{seed}").recipe.data.seed == seed
+
+
+def test_a_stopped_independent_compare_goes_on_where_it_was(tmp_path: Path) -> None:
+    config = kit.recipe("classroom", **{"train.epochs": 2})
+
+    def follow(_: Any, events: Any, label: str) -> None:
+        kit.drive(events)
+
+    def breaks(_: Any, events: Any, label: str) -> None:
+        if not label.startswith("seed 1"):
+            return kit.drive(events)
+        for event in events:
+            if isinstance(event, EpochEnd):
+                events.close()
+                raise InterruptedRun("stopped")
+        return None
+
+    whole = compare.independent(config, ["classroom"], [0, 1, 2], kit.CPU, Run(tmp_path / "whole"), follow)
+    run = Run(tmp_path / "stopped")
+    with pytest.raises(InterruptedRun) as caught:
+        compare.independent(config, ["classroom"], [0, 1, 2], kit.CPU, run, breaks)
+    assert f"kdcli compare --resume {run.path}" in caught.value.hint
+    assert not run.finished
+    found = compare.independent(config, ["classroom"], [0, 1, 2], kit.CPU, run, follow, resume=True)
+    assert [line.top1 for line in found.lines] == [line.top1 for line in whole.lines]
+    assert run.finished
+    assert not list(run.path.glob(".*"))
+    for seed in range(3):
+        one, other = (Run(tmp_path / name / f"classroom-{seed}") for name in ("whole", "stopped"))
+        assert kit.same(kit.student(one), kit.student(other))
 
 
 def test_a_compare_stands_for_its_recipes_method_and_first_seed(

@@ -171,7 +171,7 @@ def test_no_step_counts_on_the_global_generator(tmp_path: Path) -> None:
         ("classroom", {"train.mixup": 0.2}, "one true class", "train.mixup=0"),
         ("classroom", {"train.accumulate": 2}, "whole batches", "ranking=sample"),
         ("kd", {"classroom.teacher": None, "classroom.peers": []}, "learns from mentors", "--teacher"),
-        ("nokd", {"train.batch_size": 64}, "only 30 training images", "train.batch_size=8"),
+        ("nokd", {"train.batch_size": 64}, "training set of digits, 30 images", "train.batch_size=4"),
         ("nokd", {"train.optimizer": "admw"}, "admw", "adamw"),
     ],
 )
@@ -342,7 +342,7 @@ def test_provenance_tells_where_a_result_came_from(tmp_path: Path, monkeypatch: 
     assert {"kdcli", "python", "torchvision", "timm", "numpy", "onnxruntime"} <= facts["versions"].keys()
     assert facts["device"].endswith("threads")
     data = opened.data
-    assert facts["data"] == {"name": "digits", "hash": data.hash, "train": 30, "test": 360}
+    assert facts["data"] == {"name": "digits", "hash": data.hash, "image_size": 8, "train": 30, "test": 360}
     cards = {card.architecture: card for card in zoo.cards(shipped=False)}
     for arch in kit.MENTORS:
         path = zoo.weights_path(cards[f"zoo:{arch}"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli import compare, distill, files, recipe as recipes, run as runs, weights, zoo
+from kdcli import compare, distill, files, recipe as recipes, weights, zoo
 from kdcli.engine import Session
 from kdcli.errors import DataError, InterruptedRun, KdcliError, RecipeError, WeightsError
 from kdcli.recipe import Recipe

@@ -429,4 +429,4 @@ def test_a_run_of_another_network_or_unfinished(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     with pytest.raises(WeightsError, match="has not finished") as caught:
         pick("cifar_resnet8@two", runs_dir=tmp_path)
-    assert "--resume" in caught.value.hint
+    assert "runs show" in caught.value.hint

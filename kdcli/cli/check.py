@@ -53,6 +53,7 @@ def check(
     show.table(columns, rows, left=2)
     for line in found.words:
         show.line("", line)
+    show.line("", f"{config.train.epochs} epochs: about {show.duration(found.seconds)}")
     for line in found.warnings:
         show.line("warning:", line, style="yellow")
     given = {"recipe": recipe, "teacher": teacher, "peers": peers, "student": student, "data": data, "method": method}

@@ -14,9 +14,10 @@ EXAMPLES = (
 
 def compare(
     methods: Annotated[
-        str, typer.Option(help="Methods separated by commas; the control is always added.", metavar="A,B")
-    ] = "aver,classroom",
-    seeds: Annotated[str, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.")] = "2",
+        str | None,
+        typer.Option(help="Separated by commas (default aver,classroom); the control is always added.", metavar="A,B"),
+    ] = None,
+    seeds: o.Seeds = None,
     independent: Annotated[
         bool, typer.Option("--independent", help="Tie the stream of pictures to the seed instead of sharing one.")
     ] = False,
@@ -42,7 +43,8 @@ def compare(
     """
     o.no_flags_with_resume(
         resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
-        set=sets, out=out, independent=independent,
+        set=sets, out=out, independent=independent, methods=methods, seeds=seeds, run=run, data_root=data_root,
+        skip_corrupt=skip_corrupt,
     )  # fmt: skip
     from kdcli import device as devices
     from kdcli.cli import show
@@ -52,25 +54,21 @@ def compare(
     picked = devices.pick(device)
     if resume:
         folder = to_resume(resume, "compare", finished_too=True)
-        facts = folder.provenance
-        if facts["independent"] and not folder.finished:
-            raise RecipeError(
-                f"{folder.path}: an independent compare takes one stream after the other and cannot go on",
-                hint=f"kdcli runs rm {folder.path}, and start it again.",
-            )
-        found = resumed(folder, facts, picked, quiet=json)
+        found = resumed(folder, picked, quiet=json)
     else:
-        base, why = (recipe, "as asked") if recipe or data else _base(run)
+        if run and recipe:
+            raise RecipeError(f"both the run {run} and --recipe {recipe}", hint="Name one of them.")
+        base, why = (recipe, "as asked") if recipe or (data and not run) else _base(run)
         config, notes = o.assemble(
             base, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
             epochs=epochs, skip_corrupt=skip_corrupt, sets=sets,
         )  # fmt: skip
-        names = [name.strip() for name in methods.split(",") if name.strip()]
+        names = [name.strip() for name in ("aver,classroom" if methods is None else methods).split(",") if name.strip()]
         if not names:
             raise RecipeError("--methods: no method is named", hint="For example --methods aver,classroom")
         if why != "as asked":
-            notes.append(("classroom", why, "no recipe or data was given"))
-        found = compared(config, names, o.seeds(seeds), picked, out, notes, independent=independent, quiet=json)
+            notes.append(("classroom", why, "as asked" if run else "no recipe or data was given"))
+        found = compared(config, names, o.seeds(seeds or "2"), picked, out, notes, independent=independent, quiet=json)
         folder = found[1]
     if json:
         print(found[0].json())
@@ -102,13 +100,10 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
 
     for name in names:
         known.find(name)
-    if config.title == quickstart.recipe().title:
-        quickstart.prepare_mentors(config, device, lambda e, s: show.follow(e, s, quiet=quiet))
     folder = distill.run_folder(out, config, "compare")
+    quickstart.prepare_mentors(config, device, lambda e, s: show.follow(e, s, quiet=quiet))
     if independent:
-        return room.independent(
-            config, names, seeds, device, folder, lambda e, s: show.follow(e, s, quiet=quiet)
-        ), folder
+        return room.independent(config, names, seeds, device, folder, _teller(notes, quiet)), folder
     _, classroom = distill.open_room(config, device)
     session = room.open_session(config, names, seeds, classroom, folder)
     if not quiet:
@@ -118,13 +113,28 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
     return room.summarise(folder), folder
 
 
-def resumed(folder, facts, device, *, quiet=False):
+def _teller(notes, quiet):
+    """Shows what was chosen for each seed's classroom, then follows its training."""
+    from kdcli.cli import show
+
+    def follow(classroom, events, label):
+        if not quiet:
+            show.notes([*notes, *classroom.notes])
+        show.follow(events, label, quiet=quiet)
+
+    return follow
+
+
+def resumed(folder, device, *, quiet=False):
     """Continue a compare where it stopped."""
     from kdcli import compare as room, distill
     from kdcli.cli import show
 
-    if not folder.finished:
-        config = folder.recipe
+    config, facts = folder.recipe, folder.provenance
+    if not folder.finished and facts["independent"]:
+        told = _teller([], quiet)
+        room.independent(config, facts["methods"], facts["train_seeds"], device, folder, told, resume=True)
+    elif not folder.finished:
         _, classroom = distill.open_room(config, device)
         distill.same_room(folder, classroom)
         session = room.open_session(config, facts["methods"], facts["train_seeds"], classroom, folder)

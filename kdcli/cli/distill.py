@@ -28,9 +28,9 @@ def distill(
     """Train one student with one method; the newest run is then what export, evaluate and bench take."""
     o.no_flags_with_resume(
         resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
-        seed=seed, set=sets, out=out,
+        seed=seed, set=sets, out=out, data_root=data_root, skip_corrupt=skip_corrupt,
     )  # fmt: skip
-    from kdcli import device as devices, distill as room
+    from kdcli import device as devices, distill as room, run as runs
     from kdcli.cli import show
 
     picked = devices.pick(device)
@@ -47,7 +47,7 @@ def distill(
     if json:
         show.as_json(outcome)
         return
-    show.next_line("kdcli export --onnx")
+    show.next_line("kdcli export --onnx" + ("" if run.path.parent == runs.ROOT else f" {run.path}"))
 
 
 def to_resume(name, kind, *, finished_too=False):
@@ -65,11 +65,10 @@ def to_resume(name, kind, *, finished_too=False):
 
 def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, keep=None):
     """Train one recipe into `run` and print its outcome; shared by distill and train."""
-    from kdcli import distill as room
+    from kdcli import distill as room, methods
     from kdcli.cli import show
 
-    teaches = config.method.name != "nokd"
-    data, classroom = room.open_room(config, device, mentors=teaches)
+    data, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
     session = room.open_session({config.method.name: config}, classroom, run, {config.method.name: run}, keep)
     if not quiet:
         show.notes([*notes, *classroom.notes])

@@ -21,6 +21,7 @@ Peers = Annotated[str | None, typer.Option(help="Further mentors, separated by c
 Method = Annotated[str | None, typer.Option(help="classroom (default), aver, kd or nokd.", metavar="NAME")]
 Epochs = Annotated[int | None, typer.Option(help="Length of the training.", min=1)]
 Seed = Annotated[int | None, typer.Option(help="Initial weights and noise (train.seed).", min=0)]
+Seeds = Annotated[str | None, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.", metavar="N|A,B")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, mps; default: the best here.", metavar="NAME")]
 Out = Annotated[
     str | None, typer.Option(help="The run's folder (default runs/<time>-<student>-<method>).", metavar="DIR")
@@ -55,6 +56,7 @@ def assemble(
     """
     notes: list[tuple[str, object, str]] = []
     given = recipes.parse_set(sets or [])
+    method = given.pop("method.name", method)  # the same as --method: a method brings its own options
     flags: dict[str, Any] = {
         "data.name": data,
         "data.root": str(Path(root).expanduser()) if root else None,
@@ -106,7 +108,7 @@ def seeds(text: str) -> list[int]:
 
 def no_flags_with_resume(resume: str | None, **flags: object) -> None:
     """A resumed run goes on as it began; a flag that would change it is refused."""
-    extra = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value]
+    extra = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value not in (None, False, [])]
     if resume and extra:
         raise RecipeError(
             f"--resume continues a run with its own recipe; {', '.join(extra)} would change it",

@@ -1,16 +1,12 @@
 """kdcli quickstart: the whole story on real pictures, in minutes, on a CPU."""
 
-from typing import Annotated
-
-import typer
-
 from kdcli.cli import options as o
 
 EXAMPLES = ("kdcli quickstart", "kdcli quickstart --seeds 1 --json")
 
 
 def quickstart(
-    seeds: Annotated[str, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.")] = "3",
+    seeds: o.Seeds = "3",
     epochs: o.Epochs = None,
     sets: o.Set = None,
     device: o.Device = "cpu",
@@ -33,7 +29,9 @@ def quickstart(
         f"Real handwritten digits (scikit-learn). Mentors learn from all training images, students from "
         f"{per_class or 'all'} of each digit.",
     )
-    story = room.tell(config, o.seeds(seeds), devices.pick(device), out, lambda e, s: show.follow(e, s, quiet=json))
+    story = room.tell(
+        config, o.seeds(seeds or "3"), devices.pick(device), out, lambda e, s: show.follow(e, s, quiet=json)
+    )
     seconds = time.perf_counter() - began
     if json:
         show.as_json({
@@ -57,11 +55,11 @@ def quickstart(
             ["latency p50 ms", *(f"{row.p50:.3f}" for row in story.shipped)],
             ["latency p90 ms", *(f"{row.p90:.3f}" for row in story.shipped)],
         ],
-        title=f"Shipping report: seed {o.seeds(seeds)[0]}, one image, one thread",
+        title=f"Shipping report: seed {o.seeds(seeds or '3')[0]}, one image, one thread",
     )
     show.console.print(f"\n{_gained(story)}")
     show.console.print(f"[dim]{seconds:.0f} s; everything is in {story.run.path}[/]")
-    learner = story.run.path / f"classroom-{o.seeds(seeds)[0]}"
+    learner = story.run.path / f"classroom-{o.seeds(seeds or '3')[0]}"
     show.console.print("\nThen, with your own pictures (one folder a class):")
     show.console.print("  kdcli train --model resnet34@pretrained --data folder:DIR")
     show.console.print("  kdcli distill --teacher resnet34 --student mobilenetv3_small --data folder:DIR")

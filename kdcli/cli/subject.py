@@ -6,7 +6,8 @@ from typing import Any
 
 from kdcli import recipe as recipes, run as runs
 from kdcli.cli import show
-from kdcli.errors import RecipeError, WeightsError, did_you_mean
+from kdcli.distill import student_of
+from kdcli.errors import RecipeError, did_you_mean
 from kdcli.recipe import Recipe
 from kdcli.run import Run
 
@@ -25,32 +26,36 @@ def subject(
     given: str | None, *, data: str | None, root: str | None, sets: list[str] | None, skip_corrupt: bool, device: Any
 ) -> Subject:
     """Resolve what the user pointed at. Raises KdcliError with the cure when nothing fits."""
-    over: dict[str, Any] = {**recipes.parse_set(sets or [])}
+    # another data set: the run's slices of its own mean nothing there
+    over: dict[str, Any] = {"data.per_class": None, "data.holdout": 0.0} if data else {}
+    over |= recipes.parse_set(sets or [])
     over |= {"data.name": data} if data else {}
     over |= {"data.root": root} if root else {}
     over |= {"data.skip_corrupt": True} if skip_corrupt else {}
     if given and given.endswith(".onnx"):
         return _onnx(given, over, device)
+    if given and given.endswith(".safetensors") and Path(given).with_suffix(".toml").is_file():
+        return _carded(Path(given), over, device)
     if given and not (Path(given) / "provenance.json").is_file() and not (runs.ROOT / given).is_dir():
         return _named(given, over, device)
     run = runs.find(given)
     show.named(run, given)
     member = student_of(run)
-    opened = _data(run.recipe.with_(**over), member.input_size, device)
+    size = run.provenance["data"].get("image_size", member.input_size) if not data else member.input_size
+    opened = _data(run.recipe.with_(**over), size, device)
     _same_classes(member.num_classes, opened, run.name)
     return Subject(f"{run.name}: {member.name}", member.to(device), opened, run)
 
 
-def student_of(run: Run) -> Any:
-    """A finished run's student. Raises WeightsError when it is not finished or its files are broken."""
+def _carded(path: Path, over: dict[str, Any], device: Any) -> Subject:
+    """A file of weights with its card beside it."""
     from kdcli import weights, zoo
     from kdcli.classroom import from_card
 
-    if not (run.path / "student.safetensors").is_file():
-        raise WeightsError(
-            f"{run.path} has no student yet: it was stopped before its end", hint=f"kdcli distill --resume {run.path}"
-        )
-    return from_card(zoo.read_card(run.path / "student.toml"), weights.load_state(run.path / "student.safetensors"))
+    member = from_card(zoo.read_card(path.with_suffix(".toml")), weights.load_state(path))
+    opened = _data(_on_data(str(path), over), member.input_size, device)
+    _same_classes(member.num_classes, opened, str(path))
+    return Subject(str(path), member.to(device), opened, None)
 
 
 def _onnx(path: str, over: dict[str, Any], device: Any) -> Subject:
@@ -71,7 +76,6 @@ def _onnx(path: str, over: dict[str, Any], device: Any) -> Subject:
 def _named(spec: str, over: dict[str, Any], device: Any) -> Subject:
     """NAME[@WEIGHTS] read as a mentor is: with weights, or refused."""
     from kdcli import names
-    from kdcli.classroom import seat
 
     try:
         names.resolve(spec)
@@ -81,13 +85,30 @@ def _named(spec: str, over: dict[str, Any], device: Any) -> Subject:
             raise
         raise RecipeError(
             f"{spec!r} is neither a run, an ONNX file nor a model's name",
-            hint=f"{did_you_mean(spec, known) if known else error.hint} `kdcli runs ls` lists the runs.",
+            hint=f"{did_you_mean(spec, known) if known else error.hint} `kdcli runs ls` lists the runs; "
+            "a checkpoint is named ARCHITECTURE@PATH.",
         ) from None
-    recipe = Recipe().with_(**{"classroom.student": spec.partition("@")[0], "classroom.teacher": spec, **over})
-    if recipe.data.name is None:
-        raise RecipeError(f"{spec}: on which data?", hint="Add --data NAME; `kdcli data ls` lists them.")
+    member, opened = mentor_on(spec, _on_data(spec, over), device)
+    return Subject(spec, member, opened, None)
+
+
+def mentor_on(spec: str, recipe: Recipe, device: Any) -> tuple[Any, Any]:
+    """A mentor by name, and the recipe's data at the size the mentor reads."""
+    from kdcli.classroom import seat
+
+    recipe = recipe.with_(**{"classroom.student": spec.partition("@")[0], "classroom.teacher": spec})
     opened = _data(recipe, None, device)
-    return Subject(spec, seat(recipe, opened, device).mentors[0], opened, None)
+    member = seat(recipe, opened, device).mentors[0]
+    if member.input_size != opened.image_size and recipe.data.image_size is None:
+        opened = _data(recipe, member.input_size, device)
+    return member, opened
+
+
+def _on_data(what: str, over: dict[str, Any]) -> Recipe:
+    recipe = Recipe().with_(**over)
+    if recipe.data.name is None:
+        raise RecipeError(f"{what}: on which data?", hint="Add --data NAME; `kdcli data ls` lists them.")
+    return recipe
 
 
 def _data(recipe: Recipe, size: int | None, device: Any) -> Any:

@@ -33,26 +33,31 @@ def train(
 ) -> None:
     """Train or fine-tune one model and add it to your zoo, where its bare name finds it for the same data."""
     o.no_flags_with_resume(
-        resume, model=model, data=data, recipe=recipe, epochs=epochs, seed=seed, set=sets, out=out, keep=keep
-    )
-    from kdcli import device as devices, distill as room
+        resume, model=model, data=data, recipe=recipe, epochs=epochs, seed=seed, set=sets, out=out, keep=keep,
+        data_root=data_root, skip_corrupt=skip_corrupt,
+    )  # fmt: skip
+    from kdcli import device as devices, distill as room, recipe as recipes
     from kdcli.cli import show
     from kdcli.cli.distill import to_resume, train_one
     from kdcli.errors import RecipeError
+    from kdcli.recipe import Recipe
 
     picked = devices.pick(device)
     if resume:
-        run = to_resume(resume, "train")
+        run = to_resume(resume, "train", finished_too=True)  # one that was finished may not be in the zoo yet
         config, notes = run.recipe, []
         wanted = set(run.provenance.get("keep", []))
     else:
         if not model:
             raise RecipeError("no model is named", hint="Add --model NAME; `kdcli models` searches the names.")
+        started = Recipe() if recipe is None else recipes.load(recipe)
         config, notes = o.assemble(
             recipe, data=data, root=data_root, student=model, method="nokd", epochs=epochs, seed=seed,
             skip_corrupt=skip_corrupt, sets=sets,
         )  # fmt: skip
         config = config.with_(**{"classroom.teacher": None, "classroom.peers": []})
+        if str(started.classroom.student).partition("@")[0] != model.partition("@")[0]:
+            config = config.with_(expect=None)  # the recipe's published figures are another network's
         run = room.run_folder(out, config, "train")
         wanted = _epochs(keep, config.train.epochs)
     outcome = train_one(config, run, picked, "train", notes=notes, resume=bool(resume), quiet=json, keep=wanted)

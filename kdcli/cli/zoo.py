@@ -82,8 +82,7 @@ def _from_file(path: Path, architecture: str | None, data: str | None, licence: 
     import torch
 
     from kdcli import engine, zoo
-    from kdcli.classroom import seat
-    from kdcli.data import open_data
+    from kdcli.cli.subject import mentor_on
     from kdcli.errors import RecipeError
     from kdcli.evaluate import score
     from kdcli.recipe import Recipe
@@ -95,11 +94,7 @@ def _from_file(path: Path, architecture: str | None, data: str | None, licence: 
             f"{path}: which network is it, and for which data?", hint="Add --architecture NAME --data NAME."
         )
     over = {"data.name": data, "data.root": root} if root else {"data.name": data}
-    recipe = Recipe().with_(
-        **over, **{"classroom.student": architecture, "classroom.teacher": f"{architecture}@{path}"}
-    )
-    opened = open_data(recipe.data)
-    member = seat(recipe, opened, torch.device("cpu")).mentors[0]
+    member, opened = mentor_on(f"{architecture}@{path}", Recipe().with_(**over), torch.device("cpu"))
     top1 = score(member, opened.test, torch.device("cpu")).top1
     card = engine.card(member, opened, None, top1, known.origin if known else str(path))
     card = card.model_copy(update={"licence": licence or (known.licence if known else "")})

@@ -29,9 +29,9 @@ class Shipped:
 
 
 def ship(
-    members: dict[str, Member], data: DataSet, folder: Path, metadata: dict[str, str], *, threads: int = 1
+    members: dict[str, Member], data: DataSet, folder: Path, metadata: dict[str, dict[str, str]], *, threads: int = 1
 ) -> list[Shipped]:
-    """Export every member (by role), score it in torch and in onnxruntime on the test images, and time all in turn.
+    """Export every member (by role, as `metadata` is), score it in torch and in onnxruntime, and time all in turn.
 
     Raises ParityError when a file does not answer as its network does.
     """
@@ -39,7 +39,7 @@ def ship(
     rows, paths = [], {}
     for role, member in members.items():
         path = paths[role] = folder / f"{role}.onnx"
-        done = export_onnx(member, real, path, metadata=metadata)
+        done = export_onnx(member, real, path, metadata=metadata[role])
         params, macs = member.count()
         in_torch, in_onnx = score(member.cpu(), data.test, cpu), score(OnnxModel(path), data.test, cpu)
         rows.append(

@@ -81,7 +81,7 @@ def test_the_three_lines_exactly_as_typed(mentors, here, monkeypatch):
 def test_the_first_line_with_too_few_pictures_names_the_cure(mentors):
     said = kdcli(*shlex.split(DISTILL)[1:], "--set", "data.image_size=32", code=2)
     assert "train.batch_size = 512" in said.err
-    assert "16 training images" in said.err
+    assert "training set of imagenet, 16 images" in said.err
     assert "--set train.batch_size=" in said.err
 
 
