@@ -32,26 +32,6 @@ def soft_loss(
     return tau**2 * (log_p.exp() * (log_p - log_q)).sum(-1)  # Eq. 7
 
 
-def kd(student: Float[Tensor, "B K"], mentor: Float[Tensor, "B K"], *, tau: float) -> Float[Tensor, ""]:
-    """Hinton's distillation term: the batch mean of `soft_loss`. papers.md section 8, KD."""
-    return soft_loss(student, mentor, tau=tau).mean()
-
-
-def aver(
-    student: Float[Tensor, "B K"],
-    mentors: Float[Tensor, "M B K"],
-    *,
-    tau: float,
-    form: Literal["sum", "mean"] = "sum",
-) -> Float[Tensor, ""]:
-    """Every mentor weighted alike, without ranks or temperatures of their own: the second term of ClassroomKD Eq. 12.
-
-    `form = "mean"` divides by the number of mentors, as CA-MKD and AE-KD evaluate their AVER.
-    """
-    each = soft_loss(student, mentors, tau=tau).mean(-1)  # [M]
-    return each.sum() if form == "sum" else each.mean()  # Eq. 12
-
-
 def log_mark(out: Float[Tensor, "*M B K"], target: Int[Tensor, " B"]) -> Float[Tensor, "*M B"]:
     """log p^m_y, of the true class: ClassroomKD Eq. 2-3, as a logarithm so that it cannot underflow."""
     log_p = F.log_softmax(out.float(), dim=-1)  # Eq. 2

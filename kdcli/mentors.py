@@ -25,10 +25,6 @@ class Mentors:
             if dtype != torch.float32:
                 member.net.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    @property
-    def names(self) -> list[str]:
-        return [member.name for member in self.members]
-
     def answer(self, batch: Batch) -> View | None:
         """Logits [M, B, K] in float32, the teacher first; None in a classroom without mentors."""
         if not self.members:

@@ -152,19 +152,6 @@ def test_eq_7_gradient_is_tau_times_the_difference_of_probabilities():
     near(student.grad, expected)
 
 
-def test_kd_is_the_batch_mean():
-    expected = sum(divergence(m, s, 4.0) for m, s in zip(MENTORS[0], STUDENT, strict=True)) / 3
-    near(losses.kd(torch.tensor(STUDENT), torch.tensor(MENTORS[0]), tau=4.0), expected)
-
-
-def test_eq_12_sum_and_mean():
-    each = [sum(divergence(m, s, 12.0) for m, s in zip(mentor, STUDENT, strict=True)) / 3 for mentor in MENTORS]
-    student, mentors = torch.tensor(STUDENT), torch.tensor(MENTORS)
-    torch.testing.assert_close(losses.aver(student, mentors, tau=12.0), torch.tensor(sum(each)), rtol=1e-4, atol=1e-5)
-    mean = losses.aver(student, mentors, tau=12.0, form="mean")
-    torch.testing.assert_close(mean, torch.tensor(sum(each) / 2), rtol=1e-4, atol=1e-5)
-
-
 def test_eq_13_14_places_from_the_worst():
     near(losses.rank_by_position(torch.tensor([0.3, 0.9, 0.1, 0.5]).log()), [0.2, 0.4, 0.1, 0.3])
     near(losses.rank_by_position(torch.tensor([0.3, 0.9, 0.1]).log(), lambda_=0.5), [1.0, 1.5, 0.5])

@@ -29,7 +29,7 @@ def test_answers_are_stacked_the_teacher_first() -> None:
     assert found is not None
     assert found.out.shape == (2, 24, 10)
     assert found.out.dtype == torch.float32
-    assert mentors.names == ["cifar_resnet14", "cifar_resnet8"]
+    assert [member.name for member in mentors.members] == ["cifar_resnet14", "cifar_resnet8"]
     with torch.no_grad():
         for row, member in zip(found.out, mentors.members, strict=True):
             torch.testing.assert_close(row, member(some.pixels))
