@@ -77,3 +77,24 @@ def test_mentors_are_frozen_and_in_eval_mode_whatever_they_were() -> None:
 
 def test_a_classroom_without_mentors_answers_nothing() -> None:
     assert Mentors([], "bf16", kit.CPU).answer(batch()) is None
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("n", [1, 2, 23])
+def test_workers_that_share_a_batch_answer_as_one_does(workers: int, n: int) -> None:
+    some, threads = batch(n), torch.get_num_threads()
+    one = Mentors(members(), "fp32", kit.CPU, workers=1).answer(some)
+    shared = Mentors(members(), "fp32", kit.CPU, workers=workers).answer(some)
+    assert one is not None
+    assert shared is not None
+    assert shared.out.shape == (2, n, 10)
+    assert not shared.out.is_inference()
+    torch.testing.assert_close(shared.out, one.out, rtol=1e-5, atol=1e-5)
+    assert torch.get_num_threads() == threads  # a worker's single thread is its own affair
+
+
+def test_a_mentors_failure_in_a_worker_is_raised() -> None:
+    mentors = Mentors(members(), "fp32", kit.CPU, workers=2)
+    mentors.members[0].net.forward = lambda _: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        mentors.answer(batch(4))
