@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from kdcli import board, device as devices, methods, schedule, zoo
 from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet, Stream
-from kdcli.errors import DivergedError, InterruptedRun, RecipeError, WeightsError, did_you_mean
+from kdcli.errors import DataError, DivergedError, InterruptedRun, RecipeError, WeightsError, did_you_mean
 from kdcli.evaluate import Score, score
 from kdcli.mentors import Mentors
 from kdcli.methods import Lesson, Room, Terms, View
@@ -328,7 +328,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
             views = {"student": learner.look(batch)}
             yield learner._lesson(batch, views, session.mentors.answer(batch), epoch, 0)
 
-    with _signals() as caught:
+    with _signals() as caught, _worker_deaths(caught, session.run):
         while epoch < session.epochs:
             active = [learner for learner in learners if epoch < learner.epochs]
             for learner in active:
@@ -473,6 +473,21 @@ def _mix(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         state ^= state >> 31
     return state >> 1
+
+
+@contextlib.contextmanager
+def _worker_deaths(caught: list[str], run: Run) -> Iterator[None]:
+    """A signal to the whole process group also ends the processes that decode files, and torch says so with an error
+    raised anywhere, in the middle of a step too: then nothing more is saved, and the last checkpoint counts."""
+    try:
+        yield
+    except (DataError, RuntimeError) as error:
+        if not caught or "worker" not in str(error):
+            raise
+        raise InterruptedRun(
+            f"stopped by {caught[0]}, which ended the decoding processes too; the last checkpoint in {run.path} stands",
+            hint=f"Continue with --resume {run.path}",
+        ) from None
 
 
 @contextlib.contextmanager
