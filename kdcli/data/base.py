@@ -56,12 +56,15 @@ class Pixels:
         here = self.pixels.device
         index, view = index.to(here), view.to(here)  # once an epoch: no transfer in a step
         for rows, names in zip(index.split(size), view.split(size), strict=True):
-            yield moved(as_float(self.views.apply(self.pixels.index_select(0, rows), names)), device)
+            yield as_float(moved(self.views.apply(self.pixels.index_select(0, rows), names), device))
 
 
 def moved(x: Tensor, device: Device) -> Tensor:
     """On `device`, without waiting only towards CUDA: the other way the values might be read before they arrived."""
-    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+    towards = torch.device(device).type == "cuda"
+    if towards and x.device.type == "cpu":
+        x = x.pin_memory()  # from memory that may be paged out, a copy waits for the steps before it
+    return x.to(device, non_blocking=towards)
 
 
 def as_float(pixels: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ Notes = list[tuple[str, object, str]]
 
 
 def open_data(config: DataConfig, *, device: Device = "cpu") -> DataSet:
-    """The data set a recipe names, small ones on `device`.
+    """The data set a recipe names, small ones on `device` (unless their views are drawn by the host).
 
     Raises DataError for what is missing or broken, RecipeError for what makes no sense to ask of it.
     """
@@ -61,6 +61,12 @@ def open_data(config: DataConfig, *, device: Device = "cpu") -> DataSet:
     if kind in ("imagenet", "folder"):
         return _open_folder(config, kind, _locate(config, kind, where), augment, device, notes)
     return _open_arrays(config, kind, where, augment, device, notes)
+
+
+def _kept(pixels: torch.Tensor, views: Views, device: Device) -> Pixels:
+    """Pixels in memory: on `device` when they fit and their views are drawn there, else on the host."""
+    here = views.preset.on_host or pixels.nbytes > DEVICE_BYTES
+    return Pixels(pixels if here else pixels.to(device), views)
 
 
 def _known() -> str:
@@ -95,8 +101,7 @@ def _open_arrays(config: DataConfig, kind: str, where: str, augment: str, device
     parts = {}
     for part, images in raw.images.items():
         pixels = square(torch.from_numpy(images), size)
-        target = device if pixels.nbytes <= DEVICE_BYTES else "cpu"
-        parts[part] = Split(Pixels(pixels.to(target), views), torch.from_numpy(raw.labels[part]))
+        parts[part] = Split(_kept(pixels, views, device), torch.from_numpy(raw.labels[part]))
     mean, std = arrays.CIFAR_MOMENTS.get(kind) or moments(parts["train"])
     train, held = parts["train"], None
     test = parts["test"] if "test" in parts else parts["val"]
@@ -173,7 +178,7 @@ def _open_folder(config: DataConfig, kind: str, path: Path, augment: str, device
         store: Store = folder.Files(pool, part)
         small = size <= CACHE_SIZE and (len(train) + len(test)) * 3 * size**2 <= CACHE_BYTES
         if small and not views.preset.resized:  # with the same pixels as when streamed: only the speed differs
-            store = Pixels(pool.decoded(part, cores).to(device), views)
+            store = _kept(pool.decoded(part, cores), views, device)
         stores.append(store)
     streamed = any(isinstance(store, folder.Files) for store in stores)
     if config.workers is None and streamed:

@@ -41,7 +41,7 @@ class Stream:
         if batch_size > n:
             raise RecipeError(
                 f"train.batch_size = {batch_size} is larger than the training set of {data.name}, {n} images",
-                hint=f"--set train.batch_size={2 ** (max(n // 4, 1).bit_length() - 1)}, say.",
+                hint=f"--set train.batch_size={2 ** (max(n // 4, 1).bit_length() - 1)} fits.",
             )
         self.data, self.batch_size, self.seed, self.device = data, batch_size, seed, device
         self.mixing = bool(mixup or cutmix)

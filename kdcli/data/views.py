@@ -72,6 +72,11 @@ class Preset:
     cutout: bool = False  # one square of half the size set to 0
     fill: int = 0  # what the crop pads with, 0..255
 
+    @property
+    def on_host(self) -> bool:
+        """Draws image by image, by numbers that the host reads: on a GPU it would wait for them at every batch."""
+        return self.resized or self.auto
+
 
 PRESETS: dict[str, Preset] = {
     "none": Preset(),

@@ -10,6 +10,7 @@ import torch
 import torchvision.datasets
 
 from kdcli.data import Stream, available, open_data
+from kdcli.data.base import Pixels
 from kdcli.data.split import stratified
 from kdcli.errors import DataError, KdcliError, RecipeError
 from kdcli.recipe import DataConfig
@@ -19,7 +20,7 @@ def opened(path, **keys):
     return open_data(DataConfig(name=f"npz:{path}", **keys))
 
 
-def refused(path, kind=DataError, **keys) -> KdcliError:
+def refused(path, kind: type[KdcliError] = DataError, **keys) -> KdcliError:
     with pytest.raises(kind) as error:
         opened(path, **keys)
     assert error.value.hint
@@ -46,7 +47,7 @@ def test_digits_pixels_are_scikit_learns():
 
     data = open_data(DataConfig(name="digits", image_size=8))
     ours = torch.cat([b.pixels[:, 0] for split in (data.train, data.test) for b in split.plain(500)])
-    theirs = torch.tensor(load_digits().images / 16).float()
+    theirs = torch.tensor(load_digits(return_X_y=True)[0] / 16).float().view(-1, 8, 8)
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours.sum((1, 2)).sort().values, theirs.sum((1, 2)).sort().values, atol=0.1, rtol=0)
     assert data.mean[0] == pytest.approx(theirs.mean().item(), abs=0.01)
@@ -84,8 +85,11 @@ def test_holdout_is_stratified_and_apart(npz):
     assert (len(data.train), len(data.holdout)) == (180, 20)
     assert torch.bincount(data.holdout.targets).tolist() == [5] * 4
     assert torch.cat([data.train.index, data.holdout.index]).sort().values.equal(torch.arange(200))
-    assert data.holdout.index.equal(opened(path, holdout=0.1, augment="none").holdout.index)
-    assert not data.holdout.index.equal(opened(path, holdout=0.1, seed=1).holdout.index)
+    same, other = (opened(path, holdout=0.1, **keys).holdout for keys in ({"augment": "none"}, {"seed": 1}))
+    assert same is not None
+    assert other is not None
+    assert data.holdout.index.equal(same.index)
+    assert not data.holdout.index.equal(other.index)
     full = opened(path)
     assert data.hash == full.hash
     batch = next(data.holdout.plain(20))
@@ -104,6 +108,7 @@ def test_holdout_that_leaves_nothing_is_refused(npz):
 
 def test_per_class_is_balanced_after_the_holdout(npz):
     data = opened(npz(n=200, classes=4), holdout=0.1, per_class=7)
+    assert data.holdout is not None
     assert torch.bincount(data.train.targets).tolist() == [7] * 4
     assert not set(data.train.index.tolist()) & set(data.holdout.index.tolist())
     error = refused(npz(n=200, classes=4), RecipeError, per_class=51)
@@ -288,12 +293,27 @@ def tiny_cifar(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("augment", "home"),
+    [("crop-flip", "meta"), ("cutout", "meta"), ("none", "meta"), ("disk", "cpu"), ("imagenet", "cpu")],
+)
+def test_no_batch_reads_from_the_device(tiny_cifar, augment, home):
+    """The meta device holds no values: whoever reads one back raises. Presets that must, draw on the host."""
+    data = open_data(DataConfig(name="cifar100", root=str(tiny_cifar), augment=augment), device="meta")
+    for split in (data.train, data.test):
+        assert isinstance(split.store, Pixels)
+        assert split.store.pixels.device.type == home
+    for batch in (*Stream(data, 64, seed=0, device="meta").epoch(0), *data.test.plain(64, "meta")):
+        assert {x.device.type for x in (batch.pixels, batch.target, batch.index, batch.view)} == {"meta"}
+        assert batch.pixels.dtype == torch.float32
+
+
 def test_cifar_through_torchvision(tiny_cifar):
     config = DataConfig(name="cifar100", root=str(tiny_cifar))
     data = open_data(config)
     assert (len(data.train), len(data.test), data.image_size, data.views) == (200, 100, 32, 162)
     assert data.classes[99] == "thing99"
-    assert data.mean == (0.5071, 0.4865, 0.4409)
+    assert (data.mean, data.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     raw = pickle.loads((tiny_cifar / "cifar-100-python" / "test").read_bytes())["data"].reshape(-1, 3, 32, 32)
     assert (next(data.test.plain(100)).pixels * 255).round().byte().numpy().tolist() == raw.tolist()
     assert next(r for r in available(str(tiny_cifar)) if r["name"] == "cifar100")["present"]

@@ -95,9 +95,9 @@ def test_mixing_pairs_images_and_leaves_numpy_alone(npz):
     stream = Stream(data, 8, seed=0, mixup=1.0, label_smoothing=0.1)
     assert len(stream) == 4  # 35 = 4 * 8 + 3: the odd last batch is dropped
     np.random.seed(5)
-    before = np.random.get_state()[1].copy()
+    before = np.random.get_state(legacy=False)["state"]["key"].copy()
     batches = list(stream.epoch(0))
-    assert (np.random.get_state()[1] == before).all()
+    assert (np.random.get_state(legacy=False)["state"]["key"] == before).all()
     assert len(batches) == 4
     batch = batches[0]
     assert batch.target.shape == (8, 5)
