@@ -2,9 +2,8 @@
 
 import gc
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +30,6 @@ class Timing:
     runs: int  # timed calls
     provider: str
     size: int  # bytes
-
-    def row(self) -> dict[str, Any]:
-        """The same as plain data."""
-        return {**asdict(self), "path": str(self.path)}
 
 
 def bench(
@@ -120,8 +115,3 @@ def _rounds(
         if collecting:
             gc.enable()
     return spent
-
-
-def ratio(one: Timing, other: Timing) -> float:
-    """How many times faster `one` is than `other`, by their medians per image."""
-    return (other.p50 / other.batch) / (one.p50 / one.batch)

@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,6 @@ class Exported:
     max_difference: float  # largest |onnx - torch| over the largest |torch logit|
     agreement: float  # percent of the real images with the same top-1, ties counted as the same
     checked_on: int  # images, real and random
-
-    def row(self) -> dict[str, Any]:
-        """The same as plain data."""
-        return {**asdict(self), "path": str(self.path)}
 
 
 def export_onnx(
