@@ -10,8 +10,9 @@ import torch
 from kdcli import board, device as devices, engine, files, methods, run as runs, weights, zoo
 from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
-from kdcli.engine import EpochEnd, Learner, Session, Step
+from kdcli.engine import EpochEnd, Session, Step
 from kdcli.errors import RecipeError, WeightsError
+from kdcli.learner import Learner, keep as keep_student
 from kdcli.mentors import Mentors
 from kdcli.recipe import Recipe
 from kdcli.run import Run
@@ -149,7 +150,7 @@ def finish(session: Session, learner: Learner) -> None:
             )
         epoch = learner.best["epoch"]
     else:
-        engine.keep(folder, "student", learner, epoch, _score_of(scored[-1]))
+        keep_student(folder, "student", learner, epoch, _score_of(scored[-1]))
     shipped = next(row for row in scored if row["epoch"] == epoch)
     best = max(scored, key=lambda row: row["test/top1"])
     folder.amend(

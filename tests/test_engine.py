@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdcli import distill, engine, methods, names, weights, zoo
+from kdcli import distill, engine, learner, methods, names, weights, zoo
 from kdcli.data import Batch
 from kdcli.engine import EpochEnd, Step
 from kdcli.errors import DivergedError, RecipeError
@@ -20,6 +20,7 @@ from kdcli.evaluate import Score
 from kdcli.methods import View
 from kdcli.recipe import Recipe
 from kdcli.run import Run
+from kdcli.tally import Tally
 
 
 @pytest.fixture(autouse=True)
@@ -501,10 +502,10 @@ def test_a_sweep_reads_every_image_and_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_tally_goes_on_from_its_state() -> None:
-    one = engine.Tally()
+    one = Tally()
     one.add({"a": torch.tensor(1.0), "b": torch.tensor([1.0, 2.0])})
     one.batches, one.images = 1, 5
-    two = engine.Tally()
+    two = Tally()
     two.load(one.state(), kit.CPU)
     two.add({"a": torch.tensor(2.0), "b": torch.tensor([3.0, 4.0])})
     two.batches += 1
@@ -513,10 +514,10 @@ def test_a_tally_goes_on_from_its_state() -> None:
 
 
 def test_seeds_of_neighbouring_steps_do_not_meet() -> None:
-    seeds = {engine._mix(seed, step) for seed in range(30) for step in range(300)}
+    seeds = {learner._mix(seed, step) for seed in range(30) for step in range(300)}
     assert len(seeds) == 30 * 300
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert engine._mix(1, 2) != engine._mix(2, 1)
+    assert learner._mix(1, 2) != learner._mix(2, 1)
 
 
 def test_a_step_reports_where_the_loop_is(tmp_path: Path) -> None:
@@ -531,7 +532,7 @@ def test_a_step_reports_where_the_loop_is(tmp_path: Path) -> None:
 
 def test_parts_of_a_batch_keep_their_names() -> None:
     batch = Batch(torch.rand(6, 3, 8, 8), torch.arange(6), torch.arange(10, 16), torch.arange(20, 26))
-    part = engine._part(batch, slice(2, 4))
+    part = learner._part(batch, slice(2, 4))
     assert part.index.tolist() == [12, 13]
     assert part.view.tolist() == [22, 23]
     assert torch.equal(part.pixels, batch.pixels[2:4])

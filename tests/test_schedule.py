@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import engine, schedule
+from kdcli import learner, schedule
 from kdcli.errors import RecipeError
 from kdcli.recipe import TrainConfig
 
@@ -140,7 +140,7 @@ def net() -> nn.Module:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd_is_nesterovs_only_when_asked(nesterov: bool) -> None:
-    made = engine.make_optimizer(net(), TrainConfig(nesterov=nesterov, momentum=0.8, lr=0.3))
+    made = learner.make_optimizer(net(), TrainConfig(nesterov=nesterov, momentum=0.8, lr=0.3))
     assert isinstance(made, torch.optim.SGD)
     assert {group["nesterov"] for group in made.param_groups} == {nesterov}
     assert {group["momentum"] for group in made.param_groups} == {0.8}
@@ -148,14 +148,14 @@ def test_sgd_is_nesterovs_only_when_asked(nesterov: bool) -> None:
 
 
 def test_adamw_is_adamw() -> None:
-    assert isinstance(engine.make_optimizer(net(), TrainConfig(optimizer="adamw")), torch.optim.AdamW)
+    assert isinstance(learner.make_optimizer(net(), TrainConfig(optimizer="adamw")), torch.optim.AdamW)
 
 
 def test_the_papers_decay_every_parameter_and_timms_habit_spares_norms_and_biases() -> None:
     def decays(everywhere: bool) -> dict[str, float]:
         module = net()
         config = TrainConfig(weight_decay=0.1, decay_norm_and_bias=everywhere)
-        groups = engine.make_optimizer(module, config).param_groups
+        groups = learner.make_optimizer(module, config).param_groups
         of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         return {name: of[id(p)] for name, p in module.named_parameters()}
 
@@ -166,5 +166,5 @@ def test_the_papers_decay_every_parameter_and_timms_habit_spares_norms_and_biase
 
 def test_an_unknown_optimiser_is_refused_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"train\.optimizer = 'admw'") as caught:
-        engine.make_optimizer(net(), TrainConfig(optimizer="admw"))
+        learner.make_optimizer(net(), TrainConfig(optimizer="admw"))
     assert "adamw" in caught.value.hint

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from kdcli.engine import EpochEnd, Learner, Step
+    from kdcli.engine import EpochEnd, Step
+    from kdcli.learner import Learner
     from kdcli.run import Run
 
 console = Console(highlight=False)

@@ -81,7 +81,7 @@ def verify(json: o.Json = False) -> None:
 def _from_file(path: Path, architecture: str | None, data: str | None, licence: str, root: str | None):
     import torch
 
-    from kdcli import engine, zoo
+    from kdcli import learner, zoo
     from kdcli.cli.subject import mentor_on
     from kdcli.errors import RecipeError
     from kdcli.evaluate import score
@@ -96,6 +96,6 @@ def _from_file(path: Path, architecture: str | None, data: str | None, licence: 
     over = {"data.name": data, "data.root": root} if root else {"data.name": data}
     member, opened = mentor_on(f"{architecture}@{path}", Recipe().with_(**over), torch.device("cpu"))
     top1 = score(member, opened.test, torch.device("cpu")).top1
-    card = engine.card(member, opened, None, top1, known.origin if known else str(path))
+    card = learner.card(member, opened, None, top1, known.origin if known else str(path))
     card = card.model_copy(update={"licence": licence or (known.licence if known else "")})
     return zoo.add(member.net.state_dict(), card)

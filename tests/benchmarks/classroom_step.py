@@ -24,7 +24,7 @@ from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet, Split
 from kdcli.data.base import Pixels
 from kdcli.data.views import Views
-from kdcli.engine import Learner
+from kdcli.learner import Learner
 from kdcli.mentors import Mentors
 from kdcli.recipe import Recipe
 

@@ -68,7 +68,8 @@ def test_the_bar_leaves_the_end_of_a_training_on_the_screen(monkeypatch, tmp_pat
     """On a terminal the events are shown; elsewhere nothing is printed."""
     from types import SimpleNamespace
 
-    from kdcli.engine import Step, Tally
+    from kdcli.engine import Step
+    from kdcli.tally import Tally
 
     learner = SimpleNamespace(name="classroom", tally=Tally())
     events = [Step(1, 1, n, 2, 8 * n, 1.0 * n, [learner]) for n in (1, 2)]  # pyright: ignore[reportArgumentType]

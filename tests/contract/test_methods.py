@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kdcli import engine, methods, names
+from kdcli import learner as learners, methods, names
 from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet, Stream, open_data
-from kdcli.engine import Learner, Tally
 from kdcli.errors import RecipeError
+from kdcli.learner import Learner
 from kdcli.mentors import Mentors
 from kdcli.methods import METHODS, Lesson, Phase, View
 from kdcli.names import ModelName
 from kdcli.recipe import DataConfig, Recipe, TrainConfig, from_dict
+from kdcli.tally import Tally
 from kdcli.tasks import Classify
 
 CHOICES: dict[str, list[Any]] = {
@@ -237,7 +238,7 @@ def test_shares_of_classes_as_targets(name, options):
     method = methods.build(name, options)
     if "hard_target" in method.needs:
         with pytest.raises(RecipeError, match="mixup") as caught:
-            engine.check_method(method, recipe(name, options, mixup=0.2, batch_size=50), room(recipe(name, options)))
+            learners.check_method(method, recipe(name, options, mixup=0.2, batch_size=50), room(recipe(name, options)))
         assert "train.mixup=0" in caught.value.hint
         return
     pure = method.loss(lesson(student, mentors, nn.functional.one_hot(target, K).float()), PHASE)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kdcli import distill, engine, weights, zoo
+from kdcli import distill, weights, zoo
 from kdcli.data import open_data
-from kdcli.engine import Learner, card
+from kdcli.learner import Learner, card
 from kdcli.mentors import Mentors
 from kdcli.recipe import Recipe
 from kdcli.run import Run
@@ -82,7 +82,7 @@ def test_a_step_never_waits_for_the_device(tmp_path) -> None:
 def test_bfloat16_mentors_and_student_train(tmp_path) -> None:
     recipe = _recipe(**{"train.precision": "bf16", "classroom.precision": "bf16"})
     learner, _ = _trained(recipe, "cuda", tmp_path)
-    assert isinstance(learner, engine.Learner)
+    assert isinstance(learner, Learner)
     assert learner.tally.means()["term/hard"] > 0
 
 
