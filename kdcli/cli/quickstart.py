@@ -78,6 +78,6 @@ def _gained(story) -> str:
     teacher, _, student = story.shipped
     return (
         f"ClassroomKD changed the student's accuracy by {line.gain:+.2f} points on average over {len(line.seeds)} "
-        f"seed(s), {verdict}. It is {teacher.params / student.params:.0f} times smaller than its teacher and "
+        f"seed(s), {verdict}. The student is {teacher.params / student.params:.0f} times smaller than its teacher and "
         f"{teacher.p50 / student.p50:.1f} times as fast here."
     )
