@@ -430,3 +430,17 @@ def test_a_run_of_another_network_or_unfinished(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="has not finished") as caught:
         pick("cifar_resnet8@two", runs_dir=tmp_path)
     assert "runs show" in caught.value.hint
+
+
+@pytest.mark.parametrize("low", [0x80, ord("P")])
+def test_a_safetensors_file_whose_header_length_looks_like_a_pickle(tmp_path: Path, low: int) -> None:
+    """The length is the first thing in the file, and its low byte may be that of another format."""
+    from safetensors.torch import save
+
+    for n in range(256):
+        data = save({"a": torch.ones(2)}, metadata={"pad": "x" * n})
+        if data[0] == low:
+            (tmp_path / "w.safetensors").write_bytes(data)
+            assert load_state(tmp_path / "w.safetensors")["a"].tolist() == [1.0, 1.0]
+            return
+    pytest.fail("no header of that length was made")
