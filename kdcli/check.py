@@ -9,8 +9,8 @@ import torch
 
 from kdcli import distill, methods
 from kdcli.classroom import Classroom
-from kdcli.data import DataSet
-from kdcli.evaluate import score_answers
+from kdcli.data import Split
+from kdcli.evaluate import score
 from kdcli.recipe import Recipe
 from kdcli.run import Run
 from kdcli.tasks import Classify
@@ -51,10 +51,10 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
     seats = [Seat("student", student.name, params, macs, student.input_size, None, student.origin or "from scratch")]
     found = Look(seats, notes=classroom.notes)
     step, update, batches = _dry_steps(recipe, classroom)
-    seen = 0
+    test = _some(data.test, images)
     for n, mentor in enumerate(classroom.mentors):
         params, macs = mentor.count()
-        top1, seen = _score(mentor, data, images, device)
+        top1 = score(mentor, test, device).top1
         role = "teacher" if n == 0 else "peer"
         seats.append(Seat(role, mentor.name, params, macs, mentor.input_size, top1, mentor.origin))
         chance = Classify(len(data.classes)).chance
@@ -69,7 +69,7 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
             f"mentors' parameters: (n+1)t {len(sizes) * sizes[0] / 1e6:.2f} M, 1t+np {sum(sizes) / 1e6:.2f} M; "
             f"student {seats[0].params / 1e6:.2f} M (as ClassroomKD Table 7)"
         )
-        found.words.append(f"mentors scored on {seen} of {len(data.test)} test images")
+        found.words.append(f"mentors scored on {len(test)} of {len(data.test)} test images")
     found.words.append(f"{len(data.train)} training images, {len(data.test)} test images, {len(data.classes)} classes")
     found.words.append(f"one step {1000 * update:.0f} ms here ({step}), {batches} steps an epoch")
     found.seconds = update * batches * recipe.train.epochs
@@ -94,13 +94,7 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
         return f"the fastest of {len(times)} dry steps", min(times), len(session.stream)
 
 
-def _score(mentor: torch.nn.Module, data: DataSet, images: int, device: torch.device) -> tuple[float, int]:
-    out, target, seen = [], [], 0
-    with torch.inference_mode():
-        for batch in data.test.plain(128, device):
-            out.append(mentor(batch.pixels).float().cpu())
-            target.append(batch.target.cpu())
-            seen += len(batch.index)
-            if images and seen >= images:
-                break
-    return score_answers(torch.cat(out), torch.cat(target)).top1, seen
+def _some(test: Split, images: int) -> Split:
+    """At most `images` (0: all) of a split, spread evenly over it: folders come sorted by class."""
+    n = min(images, len(test)) or len(test)
+    return test.subset(torch.arange(n) * len(test) // n)

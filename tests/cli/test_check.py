@@ -1,5 +1,6 @@
 """kdcli check: the classroom's table, measured, and a warning for a mentor that guesses."""
 
+import torch
 from cli_kit import CLASSROOM, PEER, STUDENT, TEACHER, TINY, add_mentors, kdcli
 
 from kdcli import names, recipe as recipes
@@ -43,7 +44,7 @@ def test_a_mentor_that_guesses_is_warned_of(here):
 def test_only_as_many_images_are_scored_as_asked():
     add_mentors(TEACHER)
     said = kdcli("check", "--teacher", TEACHER, "--student", STUDENT, "--data", "digits", *TINY, "--images", "100")
-    assert "mentors scored on 128 of 360 test images" in said.out
+    assert "mentors scored on 100 of 360 test images" in said.out
 
 
 def test_a_recipe_is_checked_and_named_again_in_the_next_line(here):
@@ -53,3 +54,15 @@ def test_a_recipe_is_checked_and_named_again_in_the_next_line(here):
     said = kdcli("check", "--recipe", "mine.toml", "--set", "train.lr=0.1")
     assert said.next == "kdcli distill --recipe mine.toml --set train.lr=0.1"
     assert f"{quickstart.train.epochs} epochs: about" in said.out
+
+
+def test_mentors_are_scored_on_pictures_of_every_class():
+    """A folder's pictures come sorted by class: the first few would all be of one."""
+    from kdcli.check import _some
+    from kdcli.data.base import Pixels, Split
+    from kdcli.data.views import Views
+
+    pixels = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
+    sorted_by_class = Split(Pixels(pixels, Views("none", 8)), torch.arange(100) // 10)
+    assert _some(sorted_by_class, 20).targets.bincount().tolist() == [2] * 10
+    assert len(_some(sorted_by_class, 0)) == len(_some(sorted_by_class, 500)) == 100
