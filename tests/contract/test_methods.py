@@ -201,9 +201,11 @@ def test_no_step_waits_for_the_gpu(name, options):
     given = lesson(*answers("cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        total(method.loss(given, PHASE)).backward()
+        loss = total(method.loss(given, PHASE))
+        loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)
 
 
 @cases({name: sets for name, sets in EVERY.items() if name in SYMMETRIC})
