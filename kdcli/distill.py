@@ -10,10 +10,11 @@ import torch
 from kdcli import board, device as devices, engine, files, methods, run as runs, weights, zoo
 from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
+from kdcli.data.base import Pixels
 from kdcli.engine import EpochEnd, Session, Step
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.learner import Learner, keep as keep_student
-from kdcli.mentors import Mentors
+from kdcli.mentors import Mentors, worth_compiling
 from kdcli.recipe import Recipe
 from kdcli.run import Run
 
@@ -60,6 +61,8 @@ def open_session(
         cutmix=config.cutmix,
         label_smoothing=config.label_smoothing,
     )
+    if config.cuda_graph and isinstance(data.train.store, Pixels):
+        data.train.store.record()
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
     precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
     classroom.notes += [(f"method {one.method.name}", _options(one), "a method's own defaults but for what is given")
@@ -71,8 +74,24 @@ def open_session(
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
     wanted = any(learner.method.teachers for learner in learners)
-    mentors = Mentors(classroom.mentors if wanted else [], precision, device)
-    return Session(learners, stream, mentors, data, run, folders, config, keep or set())
+    mentors = Mentors(
+        classroom.mentors if wanted else [],
+        precision,
+        device,
+        ahead=recipe.classroom.ahead or 0,
+        cuda_graph=config.cuda_graph,
+    )
+    compiled = _to_compile(recipe, mentors, max(one.epochs for one in learners) * len(stream) * config.batch_size)
+    if compiled and recipe.classroom.compile is None:
+        classroom.notes.append(("classroom.compile", ", ".join(compiled), "they answer so much that it pays"))
+    return Session(learners, stream, mentors, data, run, folders, config, keep or set(), compiled)
+
+
+def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
+    """Which mentors are compiled when the training begins."""
+    if recipe.classroom.compile is None:
+        return worth_compiling(mentors.members, images)
+    return [member.name for member in mentors.members] if recipe.classroom.compile else []
 
 
 def _options(recipe: Recipe) -> str:

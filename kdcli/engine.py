@@ -1,6 +1,7 @@
 """The loop and the step: learners that share one stream of batches and one answer of the mentors."""
 
 import contextlib
+import itertools
 import math
 import signal
 import time
@@ -8,16 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from kdcli import board
-from kdcli.data import DataSet, Stream
+from kdcli.data import Batch, DataSet, Stream
 from kdcli.errors import DataError, DivergedError, InterruptedRun, RecipeError, WeightsError
 from kdcli.evaluate import Score, score
 from kdcli.learner import Learner, keep
-from kdcli.mentors import Mentors
-from kdcli.methods import Lesson
+from kdcli.mentors import FARTHEST, Mentors
+from kdcli.methods import Lesson, View
 from kdcli.recipe import TrainConfig
 from kdcli.run import Run
 
+LONG = 1000  # updates from which measuring how far to look ahead is worth its few passes
 CHECK_EVERY = 50  # steps between looks at whether a loss is still a number: a look waits for the device
 
 
@@ -55,13 +59,26 @@ class Session:
     runs: dict[str, Run]  # each learner's own folder, by learner
     config: TrainConfig
     keep: set[int] = field(default_factory=set)  # epochs whose weights are kept
+    compiled: list[str] = field(default_factory=list)  # mentors to compile
+    words: list[str] = field(default_factory=list)  # what the user should hear when the training ends
 
     @property
     def epochs(self) -> int:
         return max(learner.epochs for learner in self.learners)
 
+    def settle(self, epoch: int) -> None:
+        """Decide, once a training, how the mentors answer: how many batches at once, and compiled for that many."""
+        if not self.mentors.ahead:
+            long = (self.epochs - epoch) * len(self.stream) >= LONG
+            first = list(itertools.islice(self.stream.epoch(epoch), FARTHEST)) if long and self.mentors.members else []
+            self.mentors.ahead = self.mentors.measure_ahead(first) if first else 1
+        for name, why in self.mentors.compile(self.config.batch_size, self.compiled).items():
+            self.compiled.remove(name)
+            self.words.append(f"{name} is not compiled: {why}")
+
     def checkpoint(self, epoch: int, batch: int) -> None:
-        state = {"epoch": epoch, "batch": batch, "learners": {one.name: one.state() for one in self.learners}}
+        learners = {one.name: one.state() for one in self.learners}
+        state = {"epoch": epoch, "batch": batch, "ahead": self.mentors.ahead, "learners": learners}
         self.run.checkpoint(state)
 
     def resume(self) -> tuple[int, int]:
@@ -81,6 +98,7 @@ class Session:
                     f"{self.run.path}/last.ckpt is not a checkpoint of this recipe: {type(error).__name__}: {reason}",
                     hint="Put back the recipe.toml that was written with it, or start a new run.",
                 ) from None
+        self.mentors.ahead = state["ahead"]
         for run in self.runs.values():
             run.forget_after(state["epoch"])
         return state["epoch"], state["batch"]
@@ -101,18 +119,19 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
 
     def sweep(learner: Learner) -> Iterator[Lesson]:
         for batch in session.data.train.plain(session.config.batch_size, stream.device):
-            views = {"student": learner.look(batch)}
-            yield learner._lesson(batch, views, session.mentors.answer(batch), epoch, 0)
+            yield learner.lesson(batch, session.mentors.answer(batch), epoch, 0)
 
     with _signals() as caught, _worker_deaths(caught, session.run):
+        session.settle(epoch)
         while epoch < session.epochs:
             active = [learner for learner in learners if epoch < learner.epochs]
             for learner in active:
                 learner.begin_epoch(epoch, sweep)
-            for number, batch in enumerate(stream.epoch(epoch, first), start=first):
-                taught = session.mentors.answer(batch)
-                for learner in active:
-                    learner.step(batch, taught, epoch, number, epoch * batches + number)
+            start = first - first % session.mentors.ahead  # who answers several batches at once answers the same ones
+            for number, (batch, taught) in enumerate(session.mentors.taught(stream.epoch(epoch, start)), start):
+                if number < first:
+                    continue
+                _step(active, batch, taught, epoch, number, epoch * batches + number)
                 images += len(batch.index)
                 if (number + 1) % CHECK_EVERY == 0:
                     for learner in active:
@@ -134,6 +153,23 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
             rows = {learner.name: _end_epoch(session, learner, epoch) for learner in active}
             session.checkpoint(epoch, 0)
             yield EpochEnd(epoch, session.epochs, rows)
+
+
+def _step(active: list[Learner], batch: Batch, taught: View | None, epoch: int, number: int, step: int) -> None:
+    """One update of every learner; on CUDA side by side, each on a stream of its own."""
+    if len(active) == 1 or active[0].stream is None:
+        for learner in active:
+            learner.step(batch, taught, epoch, number, step)
+        return
+    here = torch.cuda.current_stream(active[0].device)
+    for learner in active:
+        assert learner.stream is not None
+        learner.stream.wait_stream(here)
+        with torch.cuda.stream(learner.stream):
+            learner.step(batch, taught, epoch, number, step)
+    for learner in active:  # the batch may not be overwritten before all have read it
+        assert learner.stream is not None
+        here.wait_stream(learner.stream)
 
 
 def _end_epoch(session: Session, learner: Learner, epoch: int) -> dict[str, Any]:

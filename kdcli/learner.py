@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdcli import device as devices, methods, schedule, zoo
+from kdcli.capture import Captured
 from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet
 from kdcli.errors import DivergedError, RecipeError, did_you_mean
 from kdcli.evaluate import Score
-from kdcli.mentors import Mentors
 from kdcli.methods import Lesson, Room, Terms, View
 from kdcli.recipe import Recipe, TrainConfig
 from kdcli.run import Run
 from kdcli.tally import Tally
 from kdcli.tasks import Classify
 from kdcli.zoo import Card
+
+GRAPHED = ("sgd", "adam", "adamw")  # optimisers whose fused kernels read their rate from the device
 
 
 class Learner:
@@ -37,6 +39,7 @@ class Learner:
         data = classroom.data
         self.task = Classify(len(data.classes), 0.0 if mixing else self.config.label_smoothing)
         self.precision, self.precision_why = devices.precision(self.config.precision, self.device, frozen=False)
+        check_graph(self.method, recipe, self.device, self.precision)
         self.generator = torch.Generator(self.device)
         self.student = classroom.student(self.config.seed)
         self.method.room = Room(self.student, classroom.mentors, data, self.task)
@@ -47,9 +50,9 @@ class Learner:
         self.phases = self.method.phases(self.config)
         self.epochs = sum(phase.epochs for phase in self.phases)
         self.ema = ModelEmaV3(self.method.graduate(), decay=self.config.ema) if self.config.ema else None
-        self.forward = torch.compile(self.student) if self.config.compile else self.student
-        self.tally = Tally()
-        self.first_bad: dict[str, Tensor] = {}
+        self.compiled = torch.compile(self.student, dynamic=False) if self.config.compile else self.student
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.now = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
         self.best: dict[str, Any] = {}
         self._enter(0)
 
@@ -58,8 +61,9 @@ class Learner:
         if self.method.needs <= {"hard_target", "full_batches"}:
             return None
         batch = next(self.classroom.data.train.plain(2, self.device))
-        mentors = Mentors(self.classroom.mentors, "fp32", self.device)
-        return self._lesson(batch, {"student": self.look(batch)}, mentors.answer(batch), 0.0, 0)
+        with torch.no_grad():
+            out = [mentor(batch.pixels).float() for mentor in self.classroom.mentors]
+        return self.lesson(batch, View(torch.stack(out)) if out else None, 0.0, 0)
 
     def _enter(self, number: int) -> None:
         """Begin a phase: an optimiser for its learners and the method's own parameters."""
@@ -71,9 +75,12 @@ class Learner:
         parts = nn.ModuleList([*taught, self.method])
         config = self.phase.train
         self.optimizer = make_optimizer(parts, config)
+        self.rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
         self.schedule = schedule.build(self.optimizer, config, self.phase.epochs, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # pyright: ignore
         self.parameters = [p for p in parts.parameters() if p.requires_grad]
+        self.tally, self.first_bad = Tally(), {}
+        self.update = Captured(self._update, (self.generator,)) if config.cuda_graph else self._update
 
     def begin_epoch(self, epoch: int, sweep: Callable[["Learner"], Iterator[Lesson]]) -> None:
         """Enter the phase of `epoch` (from 0) and put those who learn in it in training mode."""
@@ -92,34 +99,55 @@ class Learner:
         """One update. `number` is the batch's place in the epoch, `step` counts all updates. Nothing is read back."""
         since = (epoch - self.phase_start) * self.steps_per_epoch + number
         schedule.set_lr(self.schedule, epoch - self.phase_start, since)
+        if self.config.cuda_graph:  # a recorded update reads its rates from where they lay then
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate.fill_(group["lr"])
         _seed(_mix(self.config.seed, step), self.device)
-        at = epoch + number / self.steps_per_epoch
-        size = -(-len(batch.index) // self.config.accumulate)
+        self._seed_noise(step)
+        self.now.fill_(step)
+        self.step_number, self.at = step, epoch + number / self.steps_per_epoch
+        names = (batch.pixels, batch.target, batch.index, batch.view)
+        self.update(*names, *(() if taught is None else (taught.out,)))
+        if self.ema is not None:
+            self.ema.update(self.method.graduate(), step=step)
+        self.tally.images += len(batch)
+        self.tally.batches += 1
+
+    def _update(
+        self, pixels: Tensor, target: Tensor, index: Tensor, view: Tensor, taught: Tensor | None = None
+    ) -> None:
+        """The arithmetic of a step, from tensors to tensors: forward, loss, backward, optimiser."""
+        batch = Batch(pixels, target, index, view)
+        size = -(-len(batch) // self.config.accumulate)
         self.optimizer.zero_grad(set_to_none=True)
         lesson = None
-        for part_number, lo in enumerate(range(0, len(batch.index), size)):
-            part = batch if size >= len(batch.index) else _part(batch, slice(lo, lo + size))
-            answers = taught if taught is None or part is batch else View(taught.out[:, lo : lo + size])
+        for part_number, lo in enumerate(range(0, len(batch), size)):
+            part = batch if size >= len(batch) else _part(batch, slice(lo, lo + size))
+            answers = None if taught is None else View(taught[:, lo : lo + size])
             with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
-                views = {"student": View(self.forward(part.pixels))}
+                views = {"student": View(self._forward(part.pixels))}
                 for name, module in self.method.learners().items():
                     if isinstance(module, Member) and module is not self.student:
                         views[name] = View(module(part.pixels))
-            lesson = self._lesson(part, views, answers, at, step, part_number)
+            if part_number:  # micro-batches draw different noise
+                self._seed_noise(self.step_number, part_number)
+            lesson = self._lesson(part, views, answers, self.at, self.step_number)
             terms = self.method.loss(lesson, self.phase)
-            share = len(part.index) / len(batch.index)
+            share = len(part) / len(batch)
             self.scaler.scale(sum(terms.values(), torch.zeros((), device=self.device)) * share).backward()
-            self._note(lesson, terms, share, step)
+            self._note(lesson, terms, share)
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.ema is not None:
-            self.ema.update(self.method.graduate(), step=step)
         assert lesson is not None
         self.method.after(lesson)
-        self.tally.batches += 1
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        """The student's logits; compiled for whole batches only, so that the short last one compiles nothing anew."""
+        whole = len(pixels) == self.config.batch_size // self.config.accumulate
+        return self.compiled(pixels) if whole else self.student(pixels)
 
     @torch.no_grad()
     def look(self, batch: Batch) -> View:
@@ -129,23 +157,28 @@ class Learner:
         self.student.train(training)
         return view
 
-    def _lesson(
-        self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int, part: int = 0
-    ) -> Lesson:
-        self.generator.manual_seed(_mix(self.config.seed, step, 1 + part))  # micro-batches draw different noise
+    def lesson(self, batch: Batch, mentors: View | None, epoch: float, step: int) -> Lesson:
+        """A lesson that teaches the student nothing: its answer in eval mode, without gradient."""
+        self._seed_noise(step)
+        return self._lesson(batch, {"student": self.look(batch)}, mentors, epoch, step)
+
+    def _lesson(self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int) -> Lesson:
         student = views["student"]
         return Lesson(batch.target, batch.index, epoch, step, self.task, self.generator, student, views, mentors)
 
+    def _seed_noise(self, step: int, part: int = 0) -> None:
+        self.generator.manual_seed(_mix(self.config.seed, step, 1 + part))
+
     @torch.no_grad()
-    def _note(self, lesson: Lesson, terms: Terms, share: float, step: int) -> None:
+    def _note(self, lesson: Lesson, terms: Terms, share: float) -> None:
         for name, value in terms.items():
-            bad = torch.where(torch.isfinite(value.detach()), math.inf, float(step))
-            self.first_bad[name] = torch.minimum(self.first_bad[name], bad) if name in self.first_bad else bad
+            bad = torch.where(torch.isfinite(value.detach()), math.inf, self.now)
+            known = self.first_bad.setdefault(name, bad.clone())
+            torch.minimum(known, bad, out=known)  # in place: a recorded step writes where it wrote before
         right = self.task.metrics(lesson.student.out, lesson.target)["top1"]
         self.tally.add({"right": right})
         self.tally.add({f"term/{name}": value * share for name, value in terms.items()})
         self.tally.add({f"note/{name}": value * share for name, value in lesson.notes.items()})
-        self.tally.images += len(lesson.index)
 
     def check(self) -> None:
         """Raise DivergedError if a term was not a number since the last look; waits for the device."""
@@ -187,7 +220,7 @@ class Learner:
                 row[f"loss/{short}" if kind == "term" else short] = value
         for split, s in result.items():
             row |= {f"{split}/top1": s.top1, f"{split}/top5": s.top5, f"{split}/loss": s.loss}
-        self.tally = Tally()
+        self.tally.clear()
         return row
 
     def state(self) -> dict[str, Any]:
@@ -265,6 +298,20 @@ def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -
         )
 
 
+def check_graph(method: methods.Method, recipe: Recipe, device: torch.device, precision: str) -> None:
+    """Refuse to record a step as a CUDA graph where it would not be the same arithmetic every time."""
+    train = recipe.train
+    reasons = {
+        f"{device.type} has none": device.type != "cuda",
+        "fp16 skips updates": precision == "fp16",
+        f"train.accumulate = {train.accumulate} seeds in between": train.accumulate > 1,
+        f"train.optimizer = {train.optimizer!r} is not sgd, adam or adamw": train.optimizer not in GRAPHED,
+        f"method {recipe.method.name} counts steps on the host": not method.capturable,
+    }
+    if train.cuda_graph and (why := [reason for reason, true in reasons.items() if true]):
+        raise RecipeError(f"train.cuda_graph: {'; '.join(why)}", hint="--set train.cuda_graph=false")
+
+
 def make_optimizer(parts: nn.Module, config: TrainConfig) -> Optimizer:
     """timm's optimiser over what may learn in `parts`. Raises RecipeError for one it cannot make."""
     try:
@@ -275,6 +322,7 @@ def make_optimizer(parts: nn.Module, config: TrainConfig) -> Optimizer:
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             filter_bias_and_bn=not config.decay_norm_and_bias,
+            **({"fused": True} if config.cuda_graph else {}),  # pyright: ignore[reportArgumentType]
         )
     except ValueError as error:
         known = [str(name) for name in list_optimizers()]

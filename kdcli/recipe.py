@@ -43,6 +43,8 @@ class ClassroomConfig(Section):
     peers: list[str] = []
     class_map: Literal["off", "auto"] | dict[str, str | int] = "off"  # data class -> mentor's class
     precision: Precision = "auto"  # of the mentors
+    compile: bool | None = None  # torch.compile the mentors; left out: those who answer so much that it pays
+    ahead: int | None = Field(default=None, ge=1)  # batches they answer at once; left out: what a measurement says
 
 
 class MethodConfig(BaseModel):
@@ -83,6 +85,7 @@ class TrainConfig(Section):
     mixup: float = Field(default=0.0, ge=0.0)
     cutmix: float = Field(default=0.0, ge=0.0)
     compile: bool = False  # torch.compile the student
+    cuda_graph: bool = False  # record the whole step as CUDA graphs; refused where a step is not always the same
     tensorboard: bool = False  # also write the metrics for TensorBoard (an extra: pip install "kdcli[tensorboard]")
     eval_every: int = Field(default=1, ge=1)  # epochs between scores; the last is always scored
 

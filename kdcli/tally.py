@@ -16,7 +16,16 @@ class Tally:
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().double() if value.device.type != "mps" else value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            if name in self.sums:
+                self.sums[name] += value  # in place: a recorded step adds where it added before
+            else:
+                self.sums[name] = value.clone()
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        for value in self.sums.values():
+            value.zero_()
+        self.images = self.batches = 0
 
     def means(self) -> dict[str, Any]:
         """Per-batch means as plain numbers and lists; reads from the device."""
@@ -26,5 +35,5 @@ class Tally:
         return {"sums": dict(self.sums), "images": self.images, "batches": self.batches}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
         self.images, self.batches = state["images"], state["batches"]

@@ -84,8 +84,8 @@ def test_options_of_other_methods_are_the_baselines_alone(tmp_path: Path) -> Non
 def test_a_batch_is_drawn_once_and_each_mentor_answers_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(kit.recipe("classroom"), tmp_path / "all", METHODS, SEEDS)
     calls = dict.fromkeys([member.name for member in session.mentors.members], 0)
-    for member in session.mentors.members:
-        member.net.register_forward_hook(lambda *_, name=member.name: calls.update({name: calls[name] + 1}))
+    for one in session.mentors.frozen:
+        one.net.register_forward_hook(lambda *_, name=one.member.name: calls.update({name: calls[name] + 1}))
     drawn, epoch = [], session.stream.epoch
 
     def watched(*args: int) -> Any:

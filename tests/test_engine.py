@@ -1,6 +1,7 @@
 """The step and the loop against plain loops written out here, and what is kept, logged and refused along the way."""
 
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from kdcli import distill, engine, learner, methods, names, weights, zoo
 from kdcli.data import Batch
 from kdcli.engine import EpochEnd, Step
-from kdcli.errors import DivergedError, RecipeError
+from kdcli.errors import DivergedError, InterruptedRun, RecipeError
 from kdcli.evaluate import Score
 from kdcli.methods import View
 from kdcli.recipe import Recipe
@@ -544,3 +545,98 @@ def test_best_weights_are_a_whole_file_with_its_card(tmp_path: Path) -> None:
     best = load_file(tmp_path / "run" / "best.safetensors")
     assert kit.same(best, kit.student(run))
     assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
+
+
+# --- quicker ways to the same end -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [2, 3])
+def test_looking_ahead_changes_no_bit(tmp_path: Path, ahead: int) -> None:
+    config = kit.recipe("classroom")
+    one = kit.trained(config, tmp_path / "one")
+    many = kit.trained(config.with_(**{"classroom.ahead": ahead}), tmp_path / "many")
+    assert kit.same(kit.student(one), kit.student(many))
+    assert one.metrics() == many.metrics()
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(1, 1), (1, 2), (2, 3)])
+def test_a_run_stopped_between_batches_answered_together_ends_the_same(tmp_path: Path, epoch: int, batch: int) -> None:
+    """It is resumed with the same batches together, whatever was answered of them before."""
+    config = kit.recipe("classroom", **{"classroom.ahead": 3})
+    whole = kit.trained(config, tmp_path / "whole")
+    stopped = kit.session(config, tmp_path / "run")
+    sizes = []
+
+    def stop(_: Step) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(InterruptedRun):
+        kit.drive(distill.go(stopped), kit.at(epoch, batch, stop))
+    again = kit.session(config, tmp_path / "run", resume=True)
+    answer = again.mentors._answer
+    again.mentors._answer = lambda pixels: (sizes.append(len(pixels)), answer(pixels))[1]
+    kit.drive(distill.go(again, resume=True))
+    assert set(sizes) <= {24, 6}  # three batches of eight, and the short one
+    assert kit.same(kit.student(again.run), kit.student(whole))
+    assert again.run.metrics() == whole.metrics()
+
+
+def test_how_far_to_look_is_decided_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LONG", 1)
+    opened = kit.session(kit.recipe("kd"), tmp_path / "run")
+    monkeypatch.setattr(opened.mentors, "measure_ahead", lambda batches: len(batches) // 2)
+    kit.drive(distill.go(opened))
+    assert opened.mentors.ahead == kit.STEPS // 2
+    assert opened.run.load_checkpoint()["ahead"] == 2
+    again = kit.session(kit.recipe("kd"), tmp_path / "run", resume=True)
+    monkeypatch.setattr(again.mentors, "measure_ahead", lambda _: 1 / 0)
+    kit.drive(distill.go(again, resume=True))
+    assert again.mentors.ahead == 2
+
+
+def test_a_short_training_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = kit.session(kit.recipe("kd"), tmp_path / "run")
+    monkeypatch.setattr(opened.mentors, "measure_ahead", lambda _: 1 / 0)
+    kit.drive(distill.go(opened))
+    assert opened.mentors.ahead == 1
+
+
+def test_mentors_worth_it_are_compiled_and_who_cannot_be_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_here(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", none_here)
+    whole = kit.trained(kit.recipe("kd"), tmp_path / "whole")
+    opened = kit.session(kit.recipe("kd", **{"classroom.compile": True}), tmp_path / "run")
+    assert opened.compiled == ["cifar_resnet14", "cifar_resnet8"]
+    kit.drive(distill.go(opened))
+    assert opened.words == [f"{name} is not compiled: no compiler here" for name in ("cifar_resnet14", "cifar_resnet8")]
+    assert kit.same(kit.student(opened.run), kit.student(whole))
+    assert kit.session(kit.recipe("kd"), tmp_path / "other").compiled == []  # thirty small pictures
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_students_agree_over_twenty_steps(tmp_path: Path) -> None:
+    plain = kit.recipe("classroom", **{"train.epochs": 5, "train.lr": 0.002})
+    one = kit.trained(plain, tmp_path / "eager")
+    two = kit.trained(plain.with_(**{"train.compile": True, "classroom.compile": True}), tmp_path / "compiled")
+    for a, b in zip(one.metrics(), two.metrics(), strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3)
+    for key, value in kit.student(one).items():
+        torch.testing.assert_close(kit.student(two)[key], value, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({}, "cpu has none"),
+        ({"train.accumulate": 2}, r"train\.accumulate = 2"),
+        ({"train.optimizer": "lamb"}, "'lamb' is not sgd, adam or adamw"),
+    ],
+)
+def test_a_cuda_graph_is_refused_where_it_cannot_be(tmp_path: Path, over: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=rf"train\.cuda_graph: .*{says}") as caught:
+        kit.session(kit.recipe("kd", **{"train.cuda_graph": True, **over}), tmp_path / "run")
+    assert "train.cuda_graph=false" in caught.value.hint

@@ -1,6 +1,6 @@
 """What a data set is to the rest of the house: splits of named samples, and batches of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kdcli.capture import Captured
 from kdcli.data.views import PLAIN, Views
 
 STD_FLOOR = 1e-2  # a channel that never changes must not be divided by nothing
@@ -51,12 +52,22 @@ class Pixels:
 
     def __init__(self, pixels: Tensor, views: Views) -> None:
         self.pixels, self.views = pixels, views
+        self.draw: Callable[[Tensor, Tensor], Tensor] = self._draw
+
+    def record(self) -> None:
+        """From now on draw by a CUDA graph, where the pixels lie on CUDA and views are drawn there."""
+        if self.pixels.device.type == "cuda" and not self.views.preset.on_host:
+            recorded = Captured(self._draw)
+            self.draw = lambda rows, names: recorded(rows, names).clone()  # the next batch is drawn in the same place
 
     def batches(self, index: Tensor, view: Tensor, size: int, device: Device) -> Iterator[Tensor]:
         here = self.pixels.device
         index, view = index.to(here), view.to(here)  # once an epoch: no transfer in a step
         for rows, names in zip(index.split(size), view.split(size), strict=True):
-            yield as_float(moved(self.views.apply(self.pixels.index_select(0, rows), names), device))
+            yield as_float(moved(self.draw(rows, names), device))
+
+    def _draw(self, rows: Tensor, names: Tensor) -> Tensor:
+        return self.views.apply(self.pixels.index_select(0, rows), names)
 
 
 def moved(x: Tensor, device: Device) -> Tensor:

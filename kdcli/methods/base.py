@@ -91,6 +91,9 @@ class Method(nn.Module):
     """Beyond logits: maps, pooled, head, index, two_views, hard_target, full_batches."""
     teachers: int = 1
     """How many mentors it needs at least."""
+    capturable: bool = True
+    """Whether `loss` and `after` are the same arithmetic at every step, so that a CUDA graph may replay them: they read
+    neither lesson.epoch nor lesson.step and change nothing but tensors, in place."""
     room: Room
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:

@@ -1,9 +1,12 @@
 """The engine on CUDA: agrees with the CPU in float32, never waits for the device in a step, and trains in bfloat16."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from kdcli import distill, weights, zoo
+from kdcli import distill, engine, weights, zoo
+from kdcli.capture import Captured
 from kdcli.data import open_data
 from kdcli.learner import Learner, card
 from kdcli.mentors import Mentors
@@ -95,3 +98,63 @@ def test_bfloat16_answers_are_near_float32(tmp_path) -> None:
     assert exact is not None
     assert near is not None
     torch.testing.assert_close(near.out, exact.out, rtol=0.1, atol=0.1 * float(exact.out.abs().max()))
+
+
+def _twenty(recipe: Recipe, folder: Path, methods: tuple[str, ...] = ("classroom",)) -> list[list[torch.Tensor]]:
+    """The learners' parameters after twenty steps."""
+    where = torch.device("cuda")
+    _, room = distill.open_room(recipe, where)
+    recipes = {name: recipe.with_method(name) for name in methods}
+    run = Run(folder)
+    session = distill.open_session(recipes, room, run, {name: Run(folder / name) for name in recipes})
+    session.settle(0)
+    for learner in session.learners:
+        learner.begin_epoch(0, lambda _: iter(()))
+    step = 0
+    while step < 20:
+        for number, (batch, taught) in enumerate(session.mentors.taught(session.stream.epoch(step // 5))):
+            engine._step(session.learners, batch, taught, 0, number, step)
+            step += 1
+    torch.cuda.synchronize()
+    for learner in session.learners:
+        learner.check()
+    return [[p.detach().float().cpu() for p in learner.student.parameters()] for learner in session.learners]
+
+
+@pytest.mark.usefixtures("_mentors")
+@pytest.mark.parametrize("way", ["train.cuda_graph", "train.compile", "classroom.compile", "classroom.ahead"])
+def test_quick_ways_agree_with_eager_float32_over_twenty_steps(tmp_path: Path, way: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    recipe = _recipe(**{"train.lr": 0.005, "train.epochs": 4})
+    eager = _twenty(recipe, tmp_path / "eager")[0]
+    quick = _twenty(recipe.with_(**{way: 3 if way == "classroom.ahead" else True}), tmp_path / "quick")[0]
+    for a, b in zip(eager, quick, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_mentors")
+def test_students_side_by_side_learn_as_alone(tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    recipe = _recipe(**{"train.lr": 0.005, "train.epochs": 4})
+    together = _twenty(recipe, tmp_path / "together", ("classroom", "kd", "nokd"))
+    for name, beside in zip(("classroom", "kd", "nokd"), together, strict=True):
+        alone = _twenty(recipe, tmp_path / name, (name,))[0]
+        for a, b in zip(alone, beside, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-2, atol=1e-3)
+
+
+def test_a_recorded_computation_is_replayed_with_new_inputs_and_new_noise() -> None:
+    generator = torch.Generator("cuda")
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x + torch.randn(x.shape, generator=generator, device="cuda")
+
+    recorded = Captured(noisy, (generator,))
+    for n in range(6):
+        x = torch.full((8,), float(n), device="cuda")
+        generator.manual_seed(n)
+        found = recorded(x).clone()
+        generator.manual_seed(n)
+        torch.testing.assert_close(found, noisy(x))
+    assert recorded.graph is not None
+    assert recorded(torch.ones(3, device="cuda")).shape == (3,)  # another size goes the plain way
