@@ -178,8 +178,6 @@ class Run:
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def remove(self) -> None:
-        """Remove the folder. Raises LockedError when a process is writing into it."""
-        lock.check(self.path)
         shutil.rmtree(self.path)
 
 
