@@ -134,9 +134,9 @@ def same_room(run: Run, classroom: Classroom) -> None:
 def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     """Train the session and write every learner's student; yields what `engine.train` yields."""
     yield from engine.train(session, resume=resume)
+    session.run.forget_previous()
     for learner in session.learners:
         finish(session, learner)
-    session.run.forget_previous()
 
 
 def finish(session: Session, learner: Learner) -> None:
