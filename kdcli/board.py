@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.errors import RecipeError
+from kdcli.files import unwritable
 
 
 def check() -> None:
@@ -20,11 +21,15 @@ def check() -> None:
 def write(folder: Path, row: dict[str, Any]) -> None:
     """Append one epoch's metrics under the names they have in metrics.jsonl; `tensorboard --logdir runs` shows them.
 
-    An epoch that a resumed run does again takes the place of the earlier one.
+    An epoch that a resumed run does again takes the place of the earlier one. Raises DataError when the disk is full.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=row["epoch"]) as writer:
-        for name, value in row.items():
-            if name != "epoch":
-                writer.add_scalar(name, value, row["epoch"])
+    place = folder / "tensorboard"
+    try:
+        with SummaryWriter(str(place), purge_step=row["epoch"]) as writer:
+            for name, value in row.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, row["epoch"])
+    except OSError as error:
+        raise unwritable(place, error) from None

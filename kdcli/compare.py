@@ -10,13 +10,13 @@ import torch
 
 from kdcli import distill, files, run as runs
 from kdcli.classroom import Classroom
-from kdcli.engine import EpochEnd, Session, Step
+from kdcli.engine import Event, Session
 from kdcli.errors import InterruptedRun
 from kdcli.recipe import Recipe
 from kdcli.run import Run
 
 CONTROL = "nokd"
-Follow = Callable[[Classroom, Iterator[Step | EpochEnd], str], None]
+Follow = Callable[[Classroom, Iterator[Event], str], None]
 """Tells what was chosen for a classroom, and runs its training to the end under a label."""
 
 
@@ -87,16 +87,18 @@ def _lay_out(
     run.start(recipe, runs.provenance("compare", recipe, **facts))
 
 
-def _lay_out_learners(session: Session, classroom: Classroom, *, again: bool = False) -> None:
+def _lay_out_learners(session: Session, classroom: Classroom) -> None:
+    """Lay out the folders of learners that have none yet."""
     facts = distill.facts_of(classroom)
     for learner in session.learners:
-        if again and session.runs[learner.name].path.is_dir():  # stopped before its first checkpoint
-            session.runs[learner.name].remove()
-        session.runs[learner.name].start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
+        if not session.runs[learner.name].begun:
+            session.runs[learner.name].start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
 
 
-def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
+def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     """Train all learners and write compare.json; yields what `engine.train` yields."""
+    if resume:  # it may have been killed between one folder and the next
+        _lay_out_learners(session, session.learners[0].classroom)
     yield from distill.go(session, resume=resume)
     run = session.run
     files.write_text(run.path / "compare.json", summarise(run).json())
@@ -118,14 +120,18 @@ def independent(
         _, classroom = distill.open_room(own, device)
         session = open_session(own, methods, [seed], classroom, Run(run.path / f".seed-{seed}"))
         session.runs = {learner.name: Run(run.path / learner.name) for learner in session.learners}
-        if n == 0 and not resume:
+        if n == 0 and resume:
+            run.mend()
+            distill.same_room(run, classroom)
+        elif n == 0:
             _lay_out(run, classroom, recipe, methods, seeds, independent=True)
-        if all(one.done for one in session.runs.values()):
-            continue  # this seed was through before the compare was stopped
-        going_on = (session.run.path / "last.ckpt").is_file()
-        if not going_on:
-            session.run.path.mkdir(exist_ok=True)
-            _lay_out_learners(session, classroom, again=resume)
+        going_on = session.run.path.is_dir()
+        if all(one.done for one in session.runs.values()):  # this seed was through before the compare was stopped
+            if going_on:
+                session.run.remove()
+            continue
+        files.make_folder(session.run.path)
+        _lay_out_learners(session, classroom)
         try:
             follow(classroom, distill.go(session, resume=going_on), f"seed {seed}: {len(session.learners)} students")
         except InterruptedRun as stopped:

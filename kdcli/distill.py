@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from kdcli import board, device as devices, engine, files, methods, run as runs, weights, zoo
+from kdcli import board, device as devices, engine, methods, run as runs, weights, zoo
 from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
 from kdcli.data.base import Pixels
-from kdcli.engine import EpochEnd, Session, Step
+from kdcli.engine import Event, Session
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.learner import Learner, keep as keep_student
 from kdcli.mentors import Mentors, worth_compiling
@@ -150,26 +150,23 @@ def same_room(run: Run, classroom: Classroom) -> None:
             )
 
 
-def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
+def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     """Train the session and write every learner's student; yields what `engine.train` yields."""
     yield from engine.train(session, resume=resume)
+    session.run.forget_previous()
     for learner in session.learners:
         finish(session, learner)
 
 
 def finish(session: Session, learner: Learner) -> None:
     """Write the student: the last epoch's, or, with a held-out slice, the epoch that it chose."""
-    folder, epoch = session.runs[learner.name], learner.epochs
+    folder = session.runs[learner.name]
     scored = [row for row in folder.metrics() if "test/top1" in row]
     if session.data.holdout:
-        for suffix in (".safetensors", ".toml"):  # the card goes last: a student without one is not finished
-            kept = folder.path / f"best{suffix}"
-            files.write_atomic(
-                folder.path / f"student{suffix}", lambda to, kept=kept: to.write_bytes(kept.read_bytes())
-            )
-        epoch = learner.best["epoch"]
+        epoch, top1, state = (learner.best[key] for key in ("epoch", "top1", "weights"))
     else:
-        keep_student(folder, "student", learner, epoch, _score_of(scored[-1]))
+        epoch, top1, state = learner.epochs, scored[-1]["test/top1"], learner.weights()
+    keep_student(folder, "student", learner, epoch, top1, state)
     shipped = next(row for row in scored if row["epoch"] == epoch)
     best = max(scored, key=lambda row: row["test/top1"])
     folder.amend(
@@ -178,13 +175,8 @@ def finish(session: Session, learner: Learner) -> None:
         last=scored[-1]["test/top1"],
         best=best["test/top1"],
         best_epoch=best["epoch"],
+        diverged=None,  # it was overcome
     )
-
-
-def _score_of(row: dict[str, Any]) -> Any:
-    from kdcli.evaluate import Score
-
-    return Score(0, row["test/top1"], row["test/top5"], row["test/loss"])
 
 
 def result(name: str, run: Run) -> Result:

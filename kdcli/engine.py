@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,15 +10,16 @@ from typing import Any
 
 import torch
 
-from kdcli import board
+from kdcli import board, memory
 from kdcli.data import Batch, DataSet, Stream
-from kdcli.errors import DataError, DivergedError, InterruptedRun, RecipeError, WeightsError
+from kdcli.errors import DataError, DivergedError, InterruptedRun, KdcliError, RecipeError, WeightsError
 from kdcli.evaluate import Score, score
 from kdcli.learner import Learner, keep
 from kdcli.mentors import FARTHEST, Mentors
 from kdcli.methods import Lesson, View
 from kdcli.recipe import TrainConfig
 from kdcli.run import Run
+from kdcli.signals import Signals, Stop
 
 LONG = 1000  # updates from which measuring how far to look ahead is worth its few passes
 CHECK_EVERY = 50  # steps between looks at whether a loss is still a number: a look waits for the device
@@ -48,6 +48,16 @@ class EpochEnd:
 
 
 @dataclass
+class Notice:
+    """Something that went another way than asked, and what was done about it."""
+
+    text: str
+
+
+Event = Step | EpochEnd | Notice
+
+
+@dataclass
 class Session:
     """Learners over one stream, with where they keep what they become."""
 
@@ -60,143 +70,226 @@ class Session:
     config: TrainConfig
     keep: set[int] = field(default_factory=set)  # epochs whose weights are kept
     compiled: list[str] = field(default_factory=list)  # mentors to compile
-    words: list[str] = field(default_factory=list)  # what the user should hear when the training ends
 
     @property
     def epochs(self) -> int:
         return max(learner.epochs for learner in self.learners)
 
-    def settle(self, epoch: int) -> None:
-        """Decide, once a training, how the mentors answer: how many batches at once, and compiled for that many."""
+    def settle(self, epoch: int) -> list[str]:
+        """Decide, once a training, how the mentors answer: how many batches at once, and compiled for that many.
+
+        Returns what should be said.
+        """
         if not self.mentors.ahead:
             long = (self.epochs - epoch) * len(self.stream) >= LONG
             first = list(itertools.islice(self.stream.epoch(epoch), FARTHEST)) if long and self.mentors.members else []
             self.mentors.ahead = self.mentors.measure_ahead(first) if first else 1
-        for name, why in self.mentors.compile(self.config.batch_size, self.compiled).items():
-            self.compiled.remove(name)
-            self.words.append(f"{name} is not compiled: {why}")
+        failed = self.mentors.compile(self.config.batch_size, self.compiled)
+        self.compiled = [name for name in self.compiled if name not in failed]
+        return [f"{name} is not compiled: {why}" for name, why in failed.items()]
 
     def checkpoint(self, epoch: int, batch: int) -> None:
         learners = {one.name: one.state() for one in self.learners}
         state = {"epoch": epoch, "batch": batch, "ahead": self.mentors.ahead, "learners": learners}
         self.run.checkpoint(state)
 
-    def resume(self) -> tuple[int, int]:
-        """Load last.ckpt; the epoch (from 0) and batch to continue with."""
-        state = self.run.load_checkpoint()
-        for learner in self.learners:
-            if learner.name not in state["learners"]:
-                raise RecipeError(
-                    f"{self.run.path}/last.ckpt knows nothing of {learner.name}",
-                    hint="Resume with the same --methods and --seeds.",
-                )
-            try:
-                learner.load(state["learners"][learner.name])
-            except (KeyError, RuntimeError, ValueError, TypeError) as error:
-                reason = (str(error).splitlines() or [""])[0][:200]
-                raise WeightsError(
-                    f"{self.run.path}/last.ckpt is not a checkpoint of this recipe: {type(error).__name__}: {reason}",
-                    hint="Put back the recipe.toml that was written with it, or start a new run.",
-                ) from None
-        self.mentors.ahead = state["ahead"]
+    def resume(self) -> tuple[int, int, list[str]]:
+        """Go back to the last good checkpoint, or to the beginning where there is none yet.
+
+        Returns the epoch (from 0) and batch to continue with, and what should be said.
+        """
+        folders = [self.run, *(run for run in self.runs.values() if run is not self.run)]
+        for run in folders:
+            run.mend()
+        said = f"{self.run.path} had no checkpoint yet: it starts from the beginning"
+        state: dict[str, Any] = {"epoch": 0, "batch": 0, "notice": said}
+        if self.run.has_checkpoint:
+            state = self.run.load_checkpoint()
+            self.mentors.ahead = state["ahead"]
+            for learner in self.learners:
+                self._load(learner, state["learners"])
         for run in self.runs.values():
             run.forget_after(state["epoch"])
-        return state["epoch"], state["batch"]
+        notices = [state["notice"]] if "notice" in state else []
+        failures = {run.provenance["diverged"] for run in folders if run.begun and "diverged" in run.provenance}
+        notices += [
+            f"{self.run.path} went on until its training diverged ({failure}); resumed, it repeats itself: the cure is "
+            "a new run with a lower --set train.lr or with --set train.clip_grad=1"
+            for failure in failures
+        ]
+        return state["epoch"], state["batch"], notices
+
+    def _load(self, learner: Learner, states: dict[str, Any]) -> None:
+        if learner.name not in states:
+            raise RecipeError(
+                f"{self.run.path}/last.ckpt knows nothing of {learner.name}",
+                hint="Resume with the same --methods and --seeds.",
+            )
+        try:
+            learner.load(states[learner.name])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise WeightsError(
+                f"{self.run.path}/last.ckpt is not a checkpoint of this recipe: {type(error).__name__}: {reason}",
+                hint="Put back the recipe.toml that was written with it, or start a new run.",
+            ) from None
 
 
-def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
+def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
     """Train every learner of the session to its end, yielding after each update and each epoch.
 
-    A checkpoint is written after every epoch, and on SIGINT or SIGTERM before leaving.
+    A checkpoint is written after every epoch, every `train.checkpoint_minutes`, and on SIGINT or SIGTERM before
+    leaving, which waits for nothing but the update under way.
 
     Raises:
         DivergedError: a loss is no longer finite (exit 4); the last good checkpoint stays.
         InterruptedRun: after a signal (exit 130); `--resume` continues to the same end.
+        OutOfMemory: networks and batch do not fit (exit 3); the last checkpoint stays.
     """
-    epoch, first = session.resume() if resume else (0, 0)
-    learners, stream = session.learners, session.stream
+    learners, stream, signals = session.learners, session.stream, Signals()
     began, images, batches = time.perf_counter(), 0, len(stream)
+    epoch = done = 0  # where the learners stand: `done` batches of `epoch` are learned
+    saved, since = (0, 0), time.monotonic()  # where and when the last checkpoint was written
 
     def sweep(learner: Learner) -> Iterator[Lesson]:
         for batch in session.data.train.plain(session.config.batch_size, stream.device):
             yield learner.lesson(batch, session.mentors.answer(batch), epoch, 0)
 
-    with _signals() as caught, _worker_deaths(caught, session.run):
-        session.settle(epoch)
-        while epoch < session.epochs:
-            active = [learner for learner in learners if epoch < learner.epochs]
-            for learner in active:
-                learner.begin_epoch(epoch, sweep)
-            start = first - first % session.mentors.ahead  # who answers several batches at once answers the same ones
-            for number, (batch, taught) in enumerate(session.mentors.taught(stream.epoch(epoch, start)), start):
-                if number < first:
-                    continue
-                _step(active, batch, taught, epoch, number, epoch * batches + number)
-                images += len(batch.index)
-                if (number + 1) % CHECK_EVERY == 0:
+    def save() -> None:
+        nonlocal saved, since
+        session.checkpoint(epoch, done)
+        saved, since = (epoch, done), time.monotonic()
+
+    with signals, _worker_deaths(signals.caught, session.run), _divergence(session):
+        try:
+            if resume:
+                with signals.breakable():
+                    at, batch, notices = session.resume()
+                epoch, done = saved = at, batch
+                yield from map(Notice, notices)
+            with signals.breakable():
+                told = session.settle(epoch)
+            yield from map(Notice, told)
+            while epoch < session.epochs:
+                active = [learner for learner in learners if epoch < learner.epochs]
+                with signals.breakable():
                     for learner in active:
-                        learner.check()
-                if caught or number + 1 == batches:  # a checkpoint follows, and must be a good one
-                    for learner in active:
-                        learner.check()
-                        learner.check_weights()
-                if caught:
-                    session.checkpoint(epoch, number + 1)
-                    raise InterruptedRun(
-                        f"stopped by {caught[0]} after batch {number + 1} of epoch {epoch + 1}; saved in "
-                        f"{session.run.path}",
-                        hint=f"Continue with --resume {session.run.path}",
-                    )
-                seconds = time.perf_counter() - began
-                yield Step(epoch + 1, session.epochs, number + 1, batches, images, seconds, active)
-            epoch, first = epoch + 1, 0
-            rows = {learner.name: _end_epoch(session, learner, epoch) for learner in active}
-            session.checkpoint(epoch, 0)
-            yield EpochEnd(epoch, session.epochs, rows)
+                        learner.begin_epoch(epoch, sweep, again=done > 0)
+                first = done - done % session.mentors.ahead  # batches are answered with those they ever were
+                answered = memory.accounted(session, session.mentors.taught(stream.epoch(epoch, first)))
+                for number, (batch, taught) in enumerate(signals.each(answered), first):
+                    if number < done:
+                        continue
+                    place = (epoch, number, epoch * batches + number)
+                    with signals.breakable(saved == (epoch, done)):  # then nothing would be lost
+                        told = _step(session, active, batch, taught, place)
+                    done, images = number + 1, images + len(batch.index)
+                    due = time.monotonic() - since >= 60 * session.config.checkpoint_minutes
+                    if due or done == batches:  # a checkpoint follows, and must be a good one
+                        _check(active)
+                    elif done % CHECK_EVERY == 0:
+                        for learner in active:
+                            learner.check()
+                    if due:
+                        save()
+                    yield from _halved(session, active, told)
+                    seconds = time.perf_counter() - began
+                    yield Step(epoch + 1, session.epochs, done, batches, images, seconds, active)
+                with signals.breakable():
+                    results = [_score(session, learner, epoch + 1) for learner in active]
+                epoch, done = epoch + 1, 0
+                rows = {one.name: _record(session, one, epoch, r) for one, r in zip(active, results, strict=True)}
+                save()
+                yield EpochEnd(epoch, session.epochs, rows)
+            with signals.breakable():
+                pass  # a signal that came last of all is not forgotten either
+        except Stop:
+            if saved != (epoch, done):
+                _check(learners)
+                save()
+            where = f"batch {done} of epoch {epoch + 1}" if done else f"epoch {epoch}" if epoch else "the start"
+            raise InterruptedRun(
+                f"stopped by {signals.caught[0]} after {where}; saved in {session.run.path}",
+                hint=f"Continue with --resume {session.run.path}",
+            ) from None
 
 
-def _step(active: list[Learner], batch: Batch, taught: View | None, epoch: int, number: int, step: int) -> None:
-    """One update of every learner; on CUDA side by side, each on a stream of its own."""
-    if len(active) == 1 or active[0].stream is None:
-        for learner in active:
-            learner.step(batch, taught, epoch, number, step)
-        return
-    here = torch.cuda.current_stream(active[0].device)
+def _step(
+    session: Session, active: list[Learner], batch: Batch, taught: View | None, place: tuple[int, int, int]
+) -> list[str]:
+    """One update of every learner; on CUDA side by side, each on a stream of its own. Returns what should be said."""
+    here = torch.cuda.current_stream(active[0].device) if active[0].stream is not None and len(active) > 1 else None
+    told = []
     for learner in active:
-        assert learner.stream is not None
-        learner.stream.wait_stream(here)
-        with torch.cuda.stream(learner.stream):
-            learner.step(batch, taught, epoch, number, step)
+        if here is not None and learner.stream is not None:
+            learner.stream.wait_stream(here)
+        with torch.cuda.stream(learner.stream if here is not None else None):
+            told.append(memory.step(session, learner, batch, taught, *place))
     for learner in active:  # the batch may not be overwritten before all have read it
-        assert learner.stream is not None
-        here.wait_stream(learner.stream)
+        if here is not None and learner.stream is not None:
+            here.wait_stream(learner.stream)
+    return told
 
 
-def _end_epoch(session: Session, learner: Learner, epoch: int) -> dict[str, Any]:
-    """Score, log and remember an epoch (counted from 1) of one learner."""
+def _check(learners: list[Learner]) -> None:
+    """Raise DivergedError unless all learners are fit for a checkpoint."""
+    for learner in learners:
+        learner.check()
+        learner.check_weights()
+
+
+def _halved(session: Session, learners: list[Learner], told: list[str]) -> Iterator[Notice]:
+    """Tell, here and in the provenance, whose batches go through in more parts than the recipe says."""
+    for learner, text in zip(learners, told, strict=True):
+        if text:
+            session.runs[learner.name].amend(accumulate=learner.accumulate)
+            yield Notice(text)
+
+
+def _score(session: Session, learner: Learner, epoch: int) -> dict[str, Score]:
+    """The scores that are due after an epoch (counted from 1), by split; nothing is changed by it."""
+    data = session.data
+    if epoch % session.config.eval_every and epoch != learner.epochs and epoch not in session.keep:
+        return {}
+    graduate = learner.graduate()
+    splits = {"test": data.test, **({"holdout": data.holdout} if data.holdout else {})}
+    result = {name: score(graduate, split, learner.device) for name, split in splits.items()}
+    if not math.isfinite(result["test"].loss):
+        raise DivergedError(
+            f"{learner.name}: the student's answers are no longer numbers after epoch {epoch}",
+            hint="Lower --set train.lr or add --set train.clip_grad=1; the last good checkpoint is kept.",
+        )
+    return result
+
+
+def _record(session: Session, learner: Learner, epoch: int, result: dict[str, Score]) -> dict[str, Any]:
+    """Log and remember an epoch (counted from 1) of one learner."""
     run, data = session.runs[learner.name], session.data
-    result: dict[str, Score] = {}
-    if epoch % session.config.eval_every == 0 or epoch == learner.epochs or epoch in session.keep:
-        graduate = learner.graduate()
-        splits = {"test": data.test, **({"holdout": data.holdout} if data.holdout else {})}
-        result = {name: score(graduate, split, learner.device) for name, split in splits.items()}
-        if not math.isfinite(result["test"].loss):
-            raise DivergedError(
-                f"{learner.name}: the student's answers are no longer numbers after epoch {epoch}",
-                hint="Lower --set train.lr or add --set train.clip_grad=1; the checkpoint of the epoch before is kept.",
-            )
+    if result:
         chosen = result["holdout" if data.holdout else "test"].top1
         if chosen > learner.best.get("chosen", -1.0):
             learner.best = {"epoch": epoch, "chosen": chosen, "top1": result["test"].top1}
             if data.holdout:  # the test set only reports, so only a held-out slice may choose what is kept
-                keep(run, "best", learner, epoch, result["test"])
+                learner.best["weights"] = learner.weights()
         if epoch in session.keep:
-            keep(run, f"epoch-{epoch:03d}", learner, epoch, result["test"])
+            keep(run, f"epoch-{epoch:03d}", learner, epoch, result["test"].top1, learner.weights())
     row = learner.row(epoch, result)
     run.log(row)
     if session.config.tensorboard:
         board.write(run.path, row)
     return row
+
+
+@contextlib.contextmanager
+def _divergence(session: Session) -> Iterator[None]:
+    """Note a training that diverged, so that resuming it can say so."""
+    try:
+        yield
+    except DivergedError as error:
+        for run in session.runs.values():
+            with contextlib.suppress(KdcliError):  # a full disk must not hide the news
+                run.amend(diverged=error.message)
+        raise
 
 
 @contextlib.contextmanager
@@ -212,25 +305,3 @@ def _worker_deaths(caught: list[str], run: Run) -> Iterator[None]:
             f"stopped by {caught[0]}, which ended the decoding processes too; the last checkpoint in {run.path} stands",
             hint=f"Continue with --resume {run.path}",
         ) from None
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-    """SIGINT and SIGTERM noted instead of obeyed, so that the step under way ends; a second SIGINT breaks in."""
-    caught: list[str] = []
-
-    def note(number: int, _frame: object) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, where signals cannot be caught
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -41,10 +41,20 @@ class DivergedError(KdcliError):
     exit_code = 4
 
 
+class OutOfMemory(KdcliError):
+    """Networks and batch that do not fit into the device's memory (exit 3)."""
+
+    exit_code = 3
+
+
 class ParityError(KdcliError):
     """An exported file that does not answer as the student does (exit 5)."""
 
     exit_code = 5
+
+
+class LockedError(KdcliError):
+    """A run that another process is writing (exit 2)."""
 
 
 class InterruptedRun(KdcliError):

@@ -54,6 +54,9 @@ class Learner:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.now = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
         self.best: dict[str, Any] = {}
+        self.accumulate = self.config.accumulate  # micro-batches per update; more where memory ran out
+        self.fitted: set[tuple[int, ...]] = set()  # phase, micro-batches and images of steps that memory held
+        self.updating = False  # between the gradients and the end of a step: not to be done twice
         self._enter(0)
 
     def _first_lesson(self) -> Lesson | None:
@@ -82,8 +85,11 @@ class Learner:
         self.tally, self.first_bad = Tally(), {}
         self.update = Captured(self._update, (self.generator,)) if config.cuda_graph else self._update
 
-    def begin_epoch(self, epoch: int, sweep: Callable[["Learner"], Iterator[Lesson]]) -> None:
-        """Enter the phase of `epoch` (from 0) and put those who learn in it in training mode."""
+    def begin_epoch(self, epoch: int, sweep: Callable[["Learner"], Iterator[Lesson]], *, again: bool = False) -> None:
+        """Enter the phase of `epoch` (from 0) and put those who learn in it in training mode.
+
+        `again`: the epoch was begun before the checkpoint that was loaded, which holds what the method did then.
+        """
         start, number = 0, 0
         while epoch >= start + self.phases[number].epochs:
             start, number = start + self.phases[number].epochs, number + 1
@@ -93,7 +99,9 @@ class Learner:
         self.method.train()  # first, for learners may be parts of it
         for name, module in self.method.learners().items():
             module.train(name in self.phase.learners)  # who does not learn now keeps its batch statistics too
-        self.method.begin_epoch(epoch, lambda: sweep(self))
+        if not again:
+            _seed(_mix(self.config.seed, epoch, 0), self.device)  # steps mix in 1 and more
+            self.method.begin_epoch(epoch, lambda: sweep(self))
 
     def step(self, batch: Batch, taught: View | None, epoch: int, number: int, step: int) -> None:
         """One update. `number` is the batch's place in the epoch, `step` counts all updates. Nothing is read back."""
@@ -106,36 +114,27 @@ class Learner:
         self._seed_noise(step)
         self.now.fill_(step)
         self.step_number, self.at = step, epoch + number / self.steps_per_epoch
+        update = self.update if self.accumulate == 1 else self._update  # what was recorded has no parts
         names = (batch.pixels, batch.target, batch.index, batch.view)
-        self.update(*names, *(() if taught is None else (taught.out,)))
+        update(*names, *(() if taught is None else (taught.out,)))
         if self.ema is not None:
             self.ema.update(self.method.graduate(), step=step)
         self.tally.images += len(batch)
         self.tally.batches += 1
+        self.updating = False
 
-    def _update(
-        self, pixels: Tensor, target: Tensor, index: Tensor, view: Tensor, taught: Tensor | None = None
-    ) -> None:
-        """The arithmetic of a step, from tensors to tensors: forward, loss, backward, optimiser."""
-        batch = Batch(pixels, target, index, view)
-        size = -(-len(batch) // self.config.accumulate)
+    def _update(self, *given: Tensor) -> None:
+        """The arithmetic of a step, from tensors (a batch's four and the mentors' answers) to tensors: forward, loss,
+        backward, optimiser."""
+        batch, taught = Batch(*given[:4]), View(given[4]) if len(given) > 4 else None
+        size = -(-len(batch) // self.accumulate)
         self.optimizer.zero_grad(set_to_none=True)
         lesson = None
         for part_number, lo in enumerate(range(0, len(batch), size)):
-            part = batch if size >= len(batch) else _part(batch, slice(lo, lo + size))
-            answers = None if taught is None else View(taught[:, lo : lo + size])
-            with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
-                views = {"student": View(self._forward(part.pixels))}
-                for name, module in self.method.learners().items():
-                    if isinstance(module, Member) and module is not self.student:
-                        views[name] = View(module(part.pixels))
-            if part_number:  # micro-batches draw different noise
-                self._seed_noise(self.step_number, part_number)
-            lesson = self._lesson(part, views, answers, self.at, self.step_number)
-            terms = self.method.loss(lesson, self.phase)
+            part, answers = take(batch, taught, slice(lo, lo + size))
             share = len(part) / len(batch)
-            self.scaler.scale(sum(terms.values(), torch.zeros((), device=self.device)) * share).backward()
-            self._note(lesson, terms, share)
+            lesson = self.gradients(part, answers, self.at, self.step_number, part_number, share)
+        self.updating = True
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
@@ -144,10 +143,30 @@ class Learner:
         assert lesson is not None
         self.method.after(lesson)
 
+    def gradients(self, part: Batch, answers: View | None, at: float, step: int, number: int, share: float) -> Lesson:
+        """Add a micro-batch's `share` of the gradient and of the tally; `number` is its place in the batch."""
+        with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
+            views = {"student": View(self._forward(part.pixels))}
+            for name, module in self.method.learners().items():
+                if isinstance(module, Member) and module is not self.student:
+                    views[name] = View(module(part.pixels))
+        if number:  # micro-batches draw different noise
+            self._seed_noise(step, number)
+        lesson = self._lesson(part, views, answers, at, step)
+        terms = self.method.loss(lesson, self.phase)
+        self.scaler.scale(sum(terms.values(), torch.zeros((), device=self.device)) * share).backward()
+        self._note(lesson, terms, share)
+        return lesson
+
     def _forward(self, pixels: Tensor) -> Tensor:
         """The student's logits; compiled for whole batches only, so that the short last one compiles nothing anew."""
         whole = len(pixels) == self.config.batch_size // self.config.accumulate
         return self.compiled(pixels) if whole else self.student(pixels)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a micro-batch would be another batch to the method's equation."""
+        return "full_batches" in self.method.needs
 
     @torch.no_grad()
     def look(self, batch: Batch) -> View:
@@ -204,6 +223,10 @@ class Learner:
         """What is scored and shipped: the method's graduate, or its moving average."""
         return self.ema.module if self.ema is not None else self.method.graduate()  # pyright: ignore
 
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the graduate's weights, on the CPU, under the names it ships with."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.graduate().net.state_dict().items()}
+
     def row(self, epoch: int, result: dict[str, Score]) -> dict[str, Any]:
         """The metrics of an epoch (counted from 1) under the names they are plotted by; starts a new tally."""
         means = self.tally.means()
@@ -233,6 +256,7 @@ class Learner:
             "phase": self.phase_number,
             "tally": self.tally.state(),
             "best": self.best,
+            "accumulate": self.accumulate,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -247,14 +271,12 @@ class Learner:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.tally.load(state["tally"], self.device)
-        self.best = state["best"]
+        self.best, self.accumulate = state["best"], state["accumulate"]
 
 
-def keep(run: Run, stem: str, learner: Learner, epoch: int, result: Score) -> None:
-    """Write a learner's graduate as `stem`.safetensors with its card beside it."""
-    graduate = learner.graduate()
-    state = {name: value.detach().cpu().contiguous() for name, value in graduate.net.state_dict().items()}
-    zoo.save(run.path, stem, state, card(graduate, learner.classroom.data, epoch, result.top1, str(run.path)))
+def keep(run: Run, stem: str, learner: Learner, epoch: int, top1: float, state: dict[str, Tensor]) -> None:
+    """Write a graduate's `weights` as `stem`.safetensors with its card beside it."""
+    zoo.save(run.path, stem, state, card(learner.graduate(), learner.classroom.data, epoch, top1, str(run.path)))
 
 
 def card(member: Member, data: DataSet, epoch: int | None, top1: float, origin: str) -> Card:
@@ -273,6 +295,7 @@ def card(member: Member, data: DataSet, epoch: int | None, top1: float, origin: 
         interpolation=member.interpolation,
         top1=round(top1, 4),
         origin=origin,
+        created=zoo.stamp(),
         epoch=epoch,
         params=sum(p.numel() for p in member.net.parameters()),
     )
@@ -331,8 +354,12 @@ def make_optimizer(parts: nn.Module, config: TrainConfig) -> Optimizer:
         ) from None
 
 
-def _part(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.pixels[rows], batch.target[rows], batch.index[rows], batch.view[rows])
+def take(batch: Batch, taught: View | None, rows: slice) -> tuple[Batch, View | None]:
+    """Some rows of a batch, with the mentors' answers to them."""
+    if rows.start == 0 and rows.stop >= len(batch.index):
+        return batch, taught
+    part = Batch(batch.pixels[rows], batch.target[rows], batch.index[rows], batch.view[rows])
+    return part, None if taught is None else View(taught.out[:, rows])
 
 
 def _seed(seed: int, device: torch.device) -> None:

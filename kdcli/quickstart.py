@@ -42,8 +42,9 @@ def tell(config: Recipe, seeds: list[int], device: torch.device, out: str | None
     train_mentors(config, device, follow)
     data, classroom = distill.open_room(config, device)
     session = compare.open_session(config, METHODS, seeds, classroom, folder)
-    compare.start(session, classroom, config, METHODS, seeds)
-    follow(compare.go(session), f"{len(session.learners)} students")
+    with folder.writing():
+        compare.start(session, classroom, config, METHODS, seeds)
+        follow(compare.go(session), f"{len(session.learners)} students")
     found = compare.summarise(folder)
     kept = {name: Run(folder.path / f"{name}-{seeds[0]}") for name in (compare.CONTROL, "classroom")}  # never the best
     members = {
@@ -81,8 +82,9 @@ def train_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:
         _, classroom = distill.open_room(solo, device, mentors=False)
         folder = runs.new(arch, "train")
         session = distill.open_session({"nokd": solo}, classroom, folder, {"nokd": folder})
-        distill.start(session, "train", classroom)
-        follow(distill.go(session), f"mentor {arch}")
+        with folder.writing():
+            distill.start(session, "train", classroom)
+            follow(distill.go(session), f"mentor {arch}")
         zoo.add(weights.load_state(folder.path / "student.safetensors"), zoo.read_card(folder.path / "student.toml"))
 
 

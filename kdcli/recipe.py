@@ -88,6 +88,7 @@ class TrainConfig(Section):
     cuda_graph: bool = False  # record the whole step as CUDA graphs; refused where a step is not always the same
     tensorboard: bool = False  # also write the metrics for TensorBoard (an extra: pip install "kdcli[tensorboard]")
     eval_every: int = Field(default=1, ge=1)  # epochs between scores; the last is always scored
+    checkpoint_minutes: float = Field(default=10.0, gt=0.0)  # also within an epoch; one follows every epoch anyway
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> "TrainConfig":
@@ -122,8 +123,9 @@ class Recipe(Section):
     expect: Expect | None = None
 
     def hash(self) -> str:
-        """sha256 of what decides the result: not titles, published figures or other methods' options."""
-        plain = self.model_dump(mode="json", exclude={"title", "source", "expect", "baselines"})
+        """sha256 of what decides the result: not titles, published figures, other methods' options or when to save."""
+        idle = {"title": True, "source": True, "expect": True, "baselines": True, "train": {"checkpoint_minutes"}}
+        plain = self.model_dump(mode="json", exclude=idle)
         plain["method"] = {  # nothing has made these one type yet, and tau = 4 is tau = 4.0
             key: float(value) if type(value) is int else value for key, value in plain["method"].items()
         }

@@ -2,21 +2,25 @@
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import sys
+import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kdcli import recipe as recipes
-from kdcli.errors import RecipeError, WeightsError, did_you_mean
-from kdcli.files import unwritable, write_atomic, write_text
+from kdcli import lock, recipe as recipes
+from kdcli.errors import InterruptedRun, RecipeError, WeightsError, did_you_mean
+from kdcli.files import append_line, seal, sealed, sweep, write_atomic, write_text
 from kdcli.recipe import Recipe
 
 ROOT = Path("runs")
+CHECKPOINTS = ("last.ckpt", "previous.ckpt")
 
 
 @dataclass
@@ -31,11 +35,19 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        return recipes.load(str(self.path / "recipe.toml"))
+        path = self.path / "recipe.toml"
+        if not path.is_file() and self.begun and "recipe_toml" in (facts := self.provenance):  # killed between the two
+            return recipes.from_dict(tomllib.loads(facts["recipe_toml"]), str(path))
+        return recipes.load(str(path))
 
     @property
     def provenance(self) -> dict[str, Any]:
         return _json(self.path / "provenance.json")
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run; its provenance is the first thing a run writes."""
+        return (self.path / "provenance.json").exists()
 
     @property
     def finished(self) -> bool:
@@ -45,37 +57,69 @@ class Run:
     @property
     def done(self) -> bool:
         """As `finished`, also where the folder was not begun."""
-        return (self.path / "provenance.json").is_file() and self.finished
+        return self.begun and self.finished
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, good or not."""
+        return any((self.path / name).is_file() for name in CHECKPOINTS)
 
     @property
     def kind(self) -> str:
         return str(self.provenance.get("kind", "distill"))
 
     def start(self, recipe: Recipe, provenance: dict[str, Any]) -> None:
-        """Lay the folder out. Raises RecipeError when it already holds a run."""
+        """Lay the folder out. Raises RecipeError when it already holds a run.
+
+        From its first file on the run can be resumed: the provenance holds the recipe too. Its `number` is larger than
+        that of any run beside it, so that the newest is known whatever the clock says.
+        """
         self.check_free()
+        number = 1 + max((_number(path) for path in self.path.parent.glob("*/provenance.json")), default=0)
+        facts = {**provenance, "number": number, "recipe_toml": recipe.toml()}
+        write_text(self.path / "provenance.json", json.dumps(facts, indent=1))
         write_text(self.path / "recipe.toml", recipe.toml())
-        write_text(self.path / "provenance.json", json.dumps(provenance, indent=1))
+
+    def mend(self) -> None:
+        """Put right what a kill left of a folder's beginning or of a file half written."""
+        sweep(self.path)
+        if self.begun and not (self.path / "recipe.toml").is_file():
+            write_text(self.path / "recipe.toml", self.recipe.toml())
 
     def check_free(self) -> None:
         """Raise RecipeError when the folder already holds a run."""
-        if (self.path / "provenance.json").exists():
+        if self.begun:
             raise RecipeError(
                 f"{self.path} already holds a run",
                 hint=f"Choose another --out, continue it with --resume {self.path}, or `kdcli runs rm {self.path}`.",
             )
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """The folder for this process alone. Raises LockedError when another writes into it.
+
+        An interruption outside the engine's loop, which saves for itself, says how to go on.
+        """
+        with lock.hold(self.path):
+            try:
+                yield
+            except KeyboardInterrupt:
+                if not self.begun:
+                    raise
+                raise InterruptedRun(
+                    f"interrupted; what {self.path} holds is whole",
+                    hint=f"Continue with: kdcli {self.kind} --resume {self.path}",
+                ) from None
+
     def amend(self, **facts: Any) -> None:
-        """Add facts to the provenance (finished, minutes, scores)."""
-        write_text(self.path / "provenance.json", json.dumps({**self.provenance, **facts}, indent=1))
+        """Add facts to the provenance (scores, the epoch that ships); None takes one out."""
+        both = {**self.provenance, **facts}
+        kept = {key: fact for key, fact in both.items() if fact is not None}
+        write_text(self.path / "provenance.json", json.dumps(kept, indent=1))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        try:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise unwritable(self.path / "metrics.jsonl", error) from None
+        """Append one line to metrics.jsonl, whole or not at all."""
+        append_line(self.path / "metrics.jsonl", json.dumps(row))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far; a last line cut off by a crash is left out."""
@@ -93,29 +137,41 @@ class Run:
             write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        """Write last.ckpt whole, or leave the old one."""
+        """Write last.ckpt whole, or leave the old one, which becomes previous.ckpt.
+
+        While it is being written the folder holds three: one of them is good whatever happens.
+        """
         import torch
 
-        write_atomic(self.path / "last.ckpt", lambda temporary: torch.save(state, temporary))
+        def write(temporary: Path) -> None:
+            torch.save(state, temporary)
+            seal(temporary)
+
+        last, previous = (self.path / name for name in CHECKPOINTS)
+        write_atomic(last, write, before=previous)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """last.ckpt, on the CPU. Raises WeightsError when it is missing or broken."""
-        import torch
+        """The newest good checkpoint, on the CPU; when that is not last.ckpt, its "notice" says why.
 
-        path = self.path / "last.ckpt"
-        cure = "Start it again without --resume, with another --out."
-        for torn in self.path.glob(".last.ckpt.*.tmp"):  # what a kill in the middle of writing left behind
-            torn.unlink(missing_ok=True)
-        if not path.is_file():
-            raise WeightsError(f"{path}: there is no checkpoint to continue from", hint=cure)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen kinds, some without a word
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise WeightsError(f"{path} is truncated or not a kdcli checkpoint: {reason}", hint=cure) from None
-        if not isinstance(state, dict) or not {"epoch", "batch", "learners"} <= state.keys():
-            raise WeightsError(f"{path} is not a kdcli checkpoint: it does not say where the run stood", hint=cure)
-        return state
+        Raises WeightsError when there is none, or none is good.
+        """
+        last, previous = (self.path / name for name in CHECKPOINTS)
+        wrong = f"{last}: there is no checkpoint to continue from"
+        if last.is_file():
+            state, wrong = _read(last)
+            if state is not None:
+                return state
+        if previous.is_file():
+            state, _ = _read(previous)
+            if state is not None:
+                os.replace(previous, last)  # a broken file must not take the place of the only good one
+                return {**state, "notice": f"{wrong}; going on from the one before it, previous.ckpt"}
+            wrong += f"; nor is {previous.name} a good one"
+        raise WeightsError(wrong, hint="Start it again without --resume, with another --out.")
+
+    def forget_previous(self) -> None:
+        """Remove the checkpoint before the last, which a finished run has no use for."""
+        (self.path / CHECKPOINTS[1]).unlink(missing_ok=True)
 
     def size(self) -> int:
         """Bytes on the disk."""
@@ -138,7 +194,7 @@ def new(student: str, method: str, out: Path | None = None) -> Run:
 
 def every() -> list[Run]:
     """All runs under runs/, the oldest first; the learners of a compare are listed inside theirs, not here."""
-    runs: dict[tuple[str, str], Run] = {}
+    runs: dict[tuple[int, str, str], Run] = {}
     for path in ROOT.glob("*/provenance.json"):
         run = Run(path.parent)
         try:
@@ -146,7 +202,7 @@ def every() -> list[Run]:
         except RecipeError as error:
             print(f"warning: {run.path} is left out: {error.message}", file=sys.stderr)
         else:
-            runs[started, run.name] = run
+            runs[_number(path), started, run.name] = run
     return [runs[key] for key in sorted(runs)]
 
 
@@ -167,6 +223,11 @@ def find(name: str | None, *, learner: bool = True) -> Run:
     else:
         tries = [Path(name), ROOT / name]
         hits = [Run(path) for path in tries if (path / "provenance.json").is_file()]
+        if not hits and any((path / lock.NAME).is_file() for path in tries):
+            raise RecipeError(
+                f"{name} was stopped before anything of it was written",
+                hint="Nothing is lost: type the command that began it again.",
+            )
         if not hits:
             known = [run.name for run in every()]
             raise RecipeError(
@@ -194,6 +255,32 @@ def provenance(kind: str, recipe: Recipe, **facts: Any) -> dict[str, Any]:
         "seeds": {"data": recipe.data.seed, "train": recipe.train.seed},
         **facts,
     }
+
+
+def _number(path: Path) -> int:
+    """A run's place in the order of starting; 0 where its provenance does not say."""
+    try:
+        return int(_json(path).get("number", 0))
+    except RecipeError:
+        return 0
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A checkpoint, or None and what is wrong with it."""
+    import torch
+
+    if not sealed(path):
+        return None, f"{path} is truncated or not a kdcli checkpoint"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds, some without a word
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return None, f"{path} is not a kdcli checkpoint: {reason}"
+    if not isinstance(state, dict) or not {"epoch", "batch", "learners"} <= state.keys():
+        return None, f"{path} is not a kdcli checkpoint: it does not say where the run stood"
+    return state, ""
 
 
 def _version(package: str) -> str:

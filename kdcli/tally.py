@@ -32,7 +32,11 @@ class Tally:
         return {name: (value / max(self.batches, 1)).tolist() for name, value in self.sums.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "images": self.images, "batches": self.batches}
+        return {
+            "sums": {name: value.clone() for name, value in self.sums.items()},
+            "images": self.images,
+            "batches": self.batches,
+        }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}

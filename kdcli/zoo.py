@@ -4,7 +4,7 @@ import hashlib
 import re
 import tomllib
 import warnings
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,14 @@ RGB = tuple[float, float, float]
 def now() -> str:
     """The present as ISO 8601, UTC, to the microsecond, so that text order is time order."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def stamp() -> str:
+    """`now`, or just after the newest card of the user's zoo where the clock was set back: the newest must win."""
+    newest = max((card.created for card in cards(shipped=False)), default="")
+    if now() > newest:
+        return now()
+    return (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat(timespec="microseconds")
 
 
 class Card(BaseModel):

@@ -127,8 +127,9 @@ def at(epoch: int, batch: int, do: Callable[[Step], object]) -> Callable[[Any], 
     """For `drive`: call `do` after one batch (both counted from 1); batch 0 is the end of the epoch."""
 
     def each(event: Any) -> None:
-        here = (event.epoch, event.batch if isinstance(event, Step) else 0)
-        if isinstance(event, Step | EpochEnd) and here == (epoch, batch):
+        if not isinstance(event, Step | EpochEnd):
+            return
+        if (event.epoch, event.batch if isinstance(event, Step) else 0) == (epoch, batch):
             do(event)  # pyright: ignore
 
     return each

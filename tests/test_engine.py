@@ -10,12 +10,11 @@ import engine_kit as kit
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdcli import distill, engine, learner, methods, names, weights, zoo
 from kdcli.data import Batch
-from kdcli.engine import EpochEnd, Step
+from kdcli.engine import EpochEnd, Notice, Step
 from kdcli.errors import DivergedError, InterruptedRun, RecipeError
 from kdcli.evaluate import Score
 from kdcli.methods import View
@@ -288,7 +287,7 @@ def test_without_a_held_out_slice_the_last_epoch_ships(tmp_path: Path, monkeypat
     outcome = distill.result("nokd", opened.run)
     assert (outcome.epoch, outcome.top1, outcome.last) == (2, 50.0, 50.0)
     assert (outcome.best, outcome.best_epoch) == (80.0, 1)
-    assert not (tmp_path / "run" / "best.safetensors").exists()
+    assert "weights" not in opened.run.load_checkpoint()["learners"]["nokd"]["best"]
 
 
 def test_scores_may_be_rarer_than_epochs(tmp_path: Path) -> None:
@@ -533,18 +532,20 @@ def test_a_step_reports_where_the_loop_is(tmp_path: Path) -> None:
 
 def test_parts_of_a_batch_keep_their_names() -> None:
     batch = Batch(torch.rand(6, 3, 8, 8), torch.arange(6), torch.arange(10, 16), torch.arange(20, 26))
-    part = learner._part(batch, slice(2, 4))
+    part, _ = learner.take(batch, None, slice(2, 4))
     assert part.index.tolist() == [12, 13]
     assert part.view.tolist() == [22, 23]
     assert torch.equal(part.pixels, batch.pixels[2:4])
     assert View(part.pixels).pooled is None
 
 
-def test_best_weights_are_a_whole_file_with_its_card(tmp_path: Path) -> None:
+def test_the_best_weights_travel_in_the_checkpoint(tmp_path: Path) -> None:
+    """A file beside it could be of another epoch than the checkpoint that a run goes back to."""
     run = kit.trained(kit.recipe(**{"data.holdout": 0.1}), tmp_path / "run")
-    best = load_file(tmp_path / "run" / "best.safetensors")
-    assert kit.same(best, kit.student(run))
-    assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
+    best = run.load_checkpoint()["learners"]["nokd"]["best"]
+    assert best["epoch"] == zoo.read_card(run.path / "student.toml").epoch
+    assert kit.same(best["weights"], kit.student(run))
+    assert not [path for path in run.path.iterdir() if path.name.startswith((".", "best"))]
 
 
 # --- quicker ways to the same end -------------------------------------------------------------------------------------
@@ -611,8 +612,8 @@ def test_mentors_worth_it_are_compiled_and_who_cannot_be_is_named(
     whole = kit.trained(kit.recipe("kd"), tmp_path / "whole")
     opened = kit.session(kit.recipe("kd", **{"classroom.compile": True}), tmp_path / "run")
     assert opened.compiled == ["cifar_resnet14", "cifar_resnet8"]
-    kit.drive(distill.go(opened))
-    assert opened.words == [f"{name} is not compiled: no compiler here" for name in ("cifar_resnet14", "cifar_resnet8")]
+    heard = [event.text for event in kit.drive(distill.go(opened)) if isinstance(event, Notice)]
+    assert heard == [f"{name} is not compiled: no compiler here" for name in ("cifar_resnet14", "cifar_resnet8")]
     assert kit.same(kit.student(opened.run), kit.student(whole))
     assert kit.session(kit.recipe("kd"), tmp_path / "other").compiled == []  # thirty small pictures
 

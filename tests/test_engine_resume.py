@@ -34,7 +34,7 @@ def raise_signal(number: int) -> None:
 
 
 def interrupted(session: Session, epoch: int, batch: int, number: int = signal.SIGTERM) -> InterruptedRun:
-    """Train until a signal arrives after that batch (0: the end of the epoch); the next step is the last."""
+    """Train until a signal arrives after that batch (0: the end of the epoch); no further step is begun."""
     with pytest.raises(InterruptedRun) as caught:
         kit.drive(distill.go(session), kit.at(epoch, batch, lambda _: raise_signal(number)))
     return caught.value
@@ -62,8 +62,8 @@ def dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("dropout")
 @pytest.mark.parametrize(
     ("epoch", "batch", "stands"),
-    [(1, 1, (0, 2)), (1, 3, (0, 4)), (1, 0, (1, 1)), (2, 2, (1, 3))],
-    ids=["early", "after the last batch", "between epochs", "late"],
+    [(1, 1, (0, 1)), (1, 3, (0, 3)), (1, 4, (0, 4)), (1, 0, (1, 0)), (2, 2, (1, 2)), (2, 0, (2, 0))],
+    ids=["early", "before the last batch", "before the score", "between epochs", "late", "at the end"],
 )
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, epoch: int, batch: int, stands: tuple[int, int]) -> None:
     config = kit.recipe("classroom", **FULL)
@@ -258,14 +258,13 @@ def resume(run: Run, config: Recipe | None = None) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda path: path.unlink(), "no checkpoint"),
         (lambda path: path.write_bytes(path.read_bytes()[:-2000]), "truncated"),
         (lambda path: path.write_bytes(b""), "truncated"),
         (lambda path: path.write_bytes(b"not a checkpoint at all"), "truncated"),
         (lambda path: torch.save({"epoch": 3}, path), "not a kdcli checkpoint"),
         (lambda path: torch.save([torch.zeros(2)], path), "not a kdcli checkpoint"),
     ],
-    ids=["missing", "truncated", "empty", "text", "foreign", "a list"],
+    ids=["truncated", "empty", "text", "foreign", "a list"],
 )
 def test_a_broken_checkpoint_is_named(tmp_path: Path, damage: Any, says: str) -> None:
     run = stopped_run(tmp_path)
@@ -421,18 +420,16 @@ def test_a_signal_that_also_ends_the_workers_is_an_interrupt(
 ) -> None:
     """torch's SIGCHLD handler raises in the main thread, wherever it is; without a signal it is an error like any."""
     opened = kit.session(kit.recipe(**{"train.epochs": 2}), tmp_path / "run")
-    draw = opened.stream.epoch
+    update = opened.learners[0].step
 
-    def dies(epoch: int, start: int = 0) -> Any:
-        batches = draw(epoch, start)
-        yield next(batches)
-        if epoch == 1:
+    def dies(batch: Any, taught: Any, epoch: int, number: int, step: int) -> None:
+        if (epoch, number) == (1, 1):
             if signalled:
                 os.kill(os.getpid(), signal.SIGTERM)
             raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
-        yield from batches
+        update(batch, taught, epoch, number, step)
 
-    monkeypatch.setattr(opened.stream, "epoch", dies)
+    monkeypatch.setattr(opened.learners[0], "step", dies)
     with pytest.raises(InterruptedRun if signalled else RuntimeError, match=r"decoding processes|DataLoader worker"):
         kit.drive(distill.go(opened))
     assert (opened.run.load_checkpoint()["epoch"], opened.run.load_checkpoint()["batch"]) == (1, 0)

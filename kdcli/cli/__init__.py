@@ -1,6 +1,9 @@
 """The command line: one short file per command, heavy imports inside them, so that --help is quick."""
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -73,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
-        code = _app()(args=[arg for arg in argv if arg != "--debug"], prog_name="kdcli", standalone_mode=False)
+        with _terminated():
+            code = _app()(args=[arg for arg in argv if arg != "--debug"], prog_name="kdcli", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         if debug and not isinstance(error, (UsageError, typer.Abort, KeyboardInterrupt)):
             raise
@@ -81,6 +85,24 @@ def main(argv: list[str] | None = None) -> None:
     if code == 130:  # typer answers Ctrl-C itself, without a word
         _say("interrupted", "", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C: what is half written is put away, and the exit code says interrupted."""
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(error: BaseException) -> int:
@@ -92,7 +114,7 @@ def _complain(error: BaseException) -> int:
     if isinstance(error, UsageError):
         return _usage(error)
     text = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return _say("out of memory", "A smaller --set train.batch_size, or fewer mentors.", 3)
     return _say(f"{type(error).__name__}: {text}", "kdcli did not foresee this; --debug shows where it arose.", 1)
 

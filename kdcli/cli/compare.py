@@ -103,13 +103,15 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
     folder = distill.run_folder(out, config, "compare")
     quickstart.prepare_mentors(config, device, lambda e, s: show.follow(e, s, quiet=quiet))
     if independent:
-        return room.independent(config, names, seeds, device, folder, _teller(notes, quiet)), folder
+        with folder.writing():
+            return room.independent(config, names, seeds, device, folder, _teller(notes, quiet)), folder
     _, classroom = distill.open_room(config, device)
     session = room.open_session(config, names, seeds, classroom, folder)
     if not quiet:
         show.notes([*notes, *classroom.notes])
-    room.start(session, classroom, config, names, seeds)
-    show.follow(room.go(session), f"{len(session.learners)} students", quiet=quiet)
+    with folder.writing():
+        room.start(session, classroom, config, names, seeds)
+        show.follow(room.go(session), f"{len(session.learners)} students", quiet=quiet)
     return room.summarise(folder), folder
 
 
@@ -130,15 +132,18 @@ def resumed(folder, device, *, quiet=False):
     from kdcli import compare as room, distill
     from kdcli.cli import show
 
-    config, facts = folder.recipe, folder.provenance
-    if not folder.finished and facts["independent"]:
-        told = _teller([], quiet)
-        room.independent(config, facts["methods"], facts["train_seeds"], device, folder, told, resume=True)
-    elif not folder.finished:
-        _, classroom = distill.open_room(config, device)
-        distill.same_room(folder, classroom)
-        session = room.open_session(config, facts["methods"], facts["train_seeds"], classroom, folder)
-        show.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
+    if folder.finished:
+        return room.summarise(folder), folder
+    with folder.writing():
+        config, facts = folder.recipe, folder.provenance
+        if facts["independent"]:
+            told = _teller([], quiet)
+            room.independent(config, facts["methods"], facts["train_seeds"], device, folder, told, resume=True)
+        else:
+            _, classroom = distill.open_room(config, device)
+            distill.same_room(folder, classroom)
+            session = room.open_session(config, facts["methods"], facts["train_seeds"], classroom, folder)
+            show.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
     return room.summarise(folder), folder
 
 

@@ -56,6 +56,9 @@ def to_resume(name, kind, *, finished_too=False):
     from kdcli.errors import RecipeError
 
     run = runs.find(name, learner=False)
+    whole = runs.Run(run.path.parent)
+    if whole.begun and whole.kind == "compare":
+        raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli compare --resume {whole.path}")
     if run.kind != kind:
         raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
     if run.finished and not finished_too:
@@ -65,19 +68,25 @@ def to_resume(name, kind, *, finished_too=False):
 
 def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, keep=None):
     """Train one recipe into `run` and print its outcome; shared by distill and train."""
+    import contextlib
+
     from kdcli import distill as room, methods
     from kdcli.cli import show
 
-    data, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
-    session = room.open_session({config.method.name: config}, classroom, run, {config.method.name: run}, keep)
-    if not quiet:
-        show.notes([*notes, *classroom.notes])
-    if resume:
-        room.same_room(run, classroom)
-    else:
-        room.start(session, kind, classroom)
-    label = config.classroom.student.partition("@")[0] if kind == "train" else config.method.name
-    show.follow(room.go(session, resume=resume), label, quiet=quiet)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            stack.enter_context(run.writing())
+        data, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
+        session = room.open_session({config.method.name: config}, classroom, run, {config.method.name: run}, keep)
+        if not quiet:
+            show.notes([*notes, *classroom.notes])
+        if resume:
+            room.same_room(run, classroom)
+        else:  # only now, so that what cannot be trained leaves no folder
+            stack.enter_context(run.writing())
+            room.start(session, kind, classroom)
+        label = config.classroom.student.partition("@")[0] if kind == "train" else config.method.name
+        show.follow(room.go(session, resume=resume), label, quiet=quiet)
     result = room.result(config.method.name, run)
     if not quiet:
         published = config.expect.top1.get(config.method.name) if config.expect else None

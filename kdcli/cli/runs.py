@@ -78,10 +78,11 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a run's folder."""
-    from kdcli import run as runs
+    from kdcli import lock, run as runs
     from kdcli.cli import show
 
     found = runs.find(run, learner=False)
+    lock.check(found.path)
     if not yes:
         typer.confirm(f"Remove {found.path} ({show.size(found.size())})?", abort=True)
     found.remove()

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from kdcli.engine import EpochEnd, Step
+    from kdcli.engine import Event, Step
     from kdcli.learner import Learner
     from kdcli.run import Run
 
@@ -79,13 +79,14 @@ def next_line(command: str) -> None:
     console.print(f"\nNext: [bold]{_plain(command)}[/]", soft_wrap=True)
 
 
-def follow(events: "Iterator[Step | EpochEnd]", label: str, *, quiet: bool = False) -> None:
-    """Run a training to its end under a progress bar; no bar where there is no terminal."""
-    from kdcli.engine import Step
+def follow(events: "Iterator[Event]", label: str, *, quiet: bool = False) -> None:
+    """Run a training to its end under a progress bar; no bar where there is no terminal. Warnings always show."""
+    from kdcli.engine import Notice, Step
 
     if quiet or not console.is_terminal:
-        for _ in events:
-            pass
+        for event in events:
+            if isinstance(event, Notice):
+                warning(event.text)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=18), MofNCompleteColumn(),
@@ -95,6 +96,8 @@ def follow(events: "Iterator[Step | EpochEnd]", label: str, *, quiet: bool = Fal
         task = bar.add_task(label, total=None, says="")
         drawn = 0.0
         for event in events:
+            if isinstance(event, Notice):
+                warning(event.text)
             if isinstance(event, Step):
                 done = (event.epoch - 1) * event.batches + event.batch
                 total = event.epochs * event.batches
@@ -122,6 +125,11 @@ def _state(learner: "Learner") -> str:
 
 def _plain(value: object) -> str:
     return str(value).replace("[", "\\[")
+
+
+def warning(text: str) -> None:
+    """What went another way than asked; on the error stream, so that --json stays pure."""
+    errors.print(f"[yellow]warning:[/] {_plain(text)}", soft_wrap=True)
 
 
 def named(run: "Run", given: str | None) -> None:

@@ -108,7 +108,10 @@ class Method(nn.Module):
         return [Phase("main", train.epochs, tuple(self.learners()), train)]
 
     def begin_epoch(self, epoch: int, sweep: Callable[[], Iterator[Lesson]]) -> None:
-        """Called before every epoch; `sweep()` reads the training set once without gradient."""
+        """Called once before every epoch; `sweep()` reads the training set once without gradient.
+
+        What it changes belongs in buffers: a run resumed within the epoch loads them and does not call this again.
+        """
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         """The named terms of one batch. No value may be read back to the host here."""

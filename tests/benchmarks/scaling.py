@@ -11,13 +11,16 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import bench_kit as kit
 import torch
 
 from kdcli import device as devices
-from kdcli.engine import _step
+from kdcli.data import Stream
+from kdcli.engine import Session, _step
 from kdcli.mentors import Mentors
+from kdcli.run import Run
 
 METHODS = ["classroom", "aver", "kd", "nokd"] * 2
 
@@ -27,11 +30,13 @@ def stepper(device: torch.device, students: int, mentors: int, size: int):
     learners = [kit.learner(classroom, name, **{"train.seed": n}) for n, name in enumerate(METHODS[:students])]
     answers = Mentors(classroom.mentors, devices.precision("auto", device, frozen=True)[0], device)
     given, turn = kit.batches(classroom, size, device, 4), {"n": 0}
+    stream = Stream(classroom.data, size, seed=0, device=device)
+    session = Session(learners, stream, answers, classroom.data, Run(Path("unused")), {}, classroom.recipe.train)
 
     def step() -> None:
         n = turn["n"] = turn["n"] + 1
         batch = given[n % len(given)]
-        _step(learners, batch, answers.answer(batch), 0, n, n)
+        _step(session, learners, batch, answers.answer(batch), (0, n, n))
 
     return step
 

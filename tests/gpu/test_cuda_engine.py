@@ -113,7 +113,7 @@ def _twenty(recipe: Recipe, folder: Path, methods: tuple[str, ...] = ("classroom
     step = 0
     while step < 20:
         for number, (batch, taught) in enumerate(session.mentors.taught(session.stream.epoch(step // 5))):
-            engine._step(session.learners, batch, taught, 0, number, step)
+            engine._step(session, session.learners, batch, taught, (0, number, step))
             step += 1
     torch.cuda.synchronize()
     for learner in session.learners:
