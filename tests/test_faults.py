@@ -429,7 +429,7 @@ def test_resuming_what_diverged_says_that_it_will_again(tmp_path: Path) -> None:
 
 def short_of_memory(learner: Learner, most: int, *, step: int = 0) -> list[int]:
     """Let `learner` have memory for `most` images from a step on; the sizes it was asked for."""
-    forward, asked = learner.forward, []
+    forward, asked = learner._forward, []
 
     def limited(pixels: Tensor) -> Tensor:
         asked.append(len(pixels))
@@ -438,7 +438,7 @@ def short_of_memory(learner: Learner, most: int, *, step: int = 0) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return out
 
-    learner.forward = limited
+    learner._forward = limited
     return asked
 
 
@@ -527,7 +527,7 @@ def test_other_faults_of_a_step_stay_what_they_are(tmp_path: Path, monkeypatch: 
     def breaks(_: Tensor) -> Tensor:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    opened.learners[0].forward = breaks
+    opened.learners[0]._forward = breaks
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         kit.drive(distill.go(opened))
     assert devices.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
@@ -663,20 +663,23 @@ def test_a_part_of_a_compare_at_work_is_not_removed(held: tuple[Run, subprocess.
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     """As decoding processes do, it outlives a parent that was killed."""
-    reading, writing = os.pipe()
+    (reading, writing), (told, ready) = os.pipe(), os.pipe()
     with lock.hold(tmp_path):
         child = os.fork()
         if not child:
             os.close(writing)
+            os.write(ready, b"1")
             os.read(reading, 1)
             os._exit(0)
+        os.read(told, 1)
         with pytest.raises(LockedError, match=f"process {os.getpid()} "), lock.hold(tmp_path):
             pass
     with lock.hold(tmp_path):
         pass
     os.close(writing)
     os.waitpid(child, 0)
-    os.close(reading)
+    for end in (reading, told, ready):
+        os.close(end)
 
 
 def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
