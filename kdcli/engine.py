@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdcli import board
-from kdcli.data import DataSet, Stream
+from kdcli.data import Batch, DataSet, Stream
 from kdcli.errors import DataError, DivergedError, InterruptedRun, RecipeError, WeightsError
 from kdcli.evaluate import Score, score
 from kdcli.learner import Learner, keep
@@ -94,6 +94,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
     Raises:
         DivergedError: a loss is no longer finite (exit 4); the last good checkpoint stays.
         InterruptedRun: after a signal (exit 130); `--resume` continues to the same end.
+        DataError: an image can no longer be read (exit 3); saved before its batch, so `--resume` continues too.
     """
     epoch, first = session.resume() if resume else (0, 0)
     learners, stream = session.learners, session.stream
@@ -104,12 +105,12 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
             views = {"student": learner.look(batch)}
             yield learner._lesson(batch, views, session.mentors.answer(batch), epoch, 0)
 
-    with _signals() as caught, _worker_deaths(caught, session.run):
+    with _signals() as caught:
         while epoch < session.epochs:
             active = [learner for learner in learners if epoch < learner.epochs]
             for learner in active:
                 learner.begin_epoch(epoch, sweep)
-            for number, batch in enumerate(stream.epoch(epoch, first), start=first):
+            for number, batch in _drawn(session, active, epoch, first):
                 taught = session.mentors.answer(batch)
                 for learner in active:
                     learner.step(batch, taught, epoch, number, epoch * batches + number)
@@ -134,6 +135,24 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
             rows = {learner.name: _end_epoch(session, learner, epoch) for learner in active}
             session.checkpoint(epoch, 0)
             yield EpochEnd(epoch, session.epochs, rows)
+
+
+def _drawn(session: Session, active: list[Learner], epoch: int, first: int) -> Iterator[tuple[int, Batch]]:
+    """The epoch's batches with their numbers; where one cannot be read, the run is saved as it stood before that."""
+    number = first
+    try:
+        for batch in session.stream.epoch(epoch, first):
+            yield number, batch
+            number += 1
+    except DataError as error:
+        for learner in active:
+            learner.check()
+            learner.check_weights()
+        session.checkpoint(epoch, number)
+        raise DataError(
+            f"{error.message}\nStopped before batch {number + 1} of epoch {epoch + 1}; saved in {session.run.path}",
+            hint=f"{error.hint} When the pictures are as they were, continue with --resume {session.run.path}",
+        ) from error
 
 
 def _end_epoch(session: Session, learner: Learner, epoch: int) -> dict[str, Any]:
@@ -161,21 +180,6 @@ def _end_epoch(session: Session, learner: Learner, epoch: int) -> dict[str, Any]
     if session.config.tensorboard:
         board.write(run.path, row)
     return row
-
-
-@contextlib.contextmanager
-def _worker_deaths(caught: list[str], run: Run) -> Iterator[None]:
-    """A signal to the whole process group also ends the processes that decode files, and torch says so with an error
-    raised anywhere, in the middle of a step too: then nothing more is saved, and the last checkpoint counts."""
-    try:
-        yield
-    except (DataError, RuntimeError) as error:
-        if not caught or "worker" not in str(error):
-            raise
-        raise InterruptedRun(
-            f"stopped by {caught[0]}, which ended the decoding processes too; the last checkpoint in {run.path} stands",
-            hint=f"Continue with --resume {run.path}",
-        ) from None
 
 
 @contextlib.contextmanager
