@@ -121,6 +121,7 @@ def facts_of(classroom: Classroom) -> dict[str, Any]:
         "data": {
             "name": data.name,
             "hash": data.hash,
+            "pixels": data.pixels,
             "image_size": data.image_size,
             "train": len(data.train),
             "test": len(data.test),
@@ -137,7 +138,7 @@ def same_room(run: Run, classroom: Classroom) -> None:
         raise RecipeError(
             f"{run.path}/recipe.toml is not the one the run began with", hint="Put it back, or start a new run with it."
         )
-    if before["data"]["hash"] != now["data"]["hash"]:
+    if any(before["data"][key] != now["data"][key] for key in ("hash", "pixels")):
         raise WeightsError(
             f"{run.path} was trained on other pictures than {classroom.data.name} holds now",
             hint="Put the old data back, or start a new run.",

@@ -144,6 +144,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
     Raises:
         DivergedError: a loss is no longer finite (exit 4); the last good checkpoint stays.
         InterruptedRun: after a signal (exit 130); `--resume` continues to the same end.
+        DataError: an image can no longer be read (exit 3); saved as it stood, so `--resume` continues too.
         OutOfMemory: networks and batch do not fit (exit 3); the last checkpoint stays.
     """
     learners, stream, signals = session.learners, session.stream, Signals()
@@ -160,7 +161,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
         session.checkpoint(epoch, done)
         saved, since = (epoch, done), time.monotonic()
 
-    with signals, _worker_deaths(signals.caught, session.run), _divergence(session):
+    with signals, _divergence(session):
         try:
             if resume:
                 with signals.breakable():
@@ -176,7 +177,8 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
                     for learner in active:
                         learner.begin_epoch(epoch, sweep, again=done > 0)
                 first = done - done % session.mentors.ahead  # batches are answered with those they ever were
-                answered = memory.accounted(session, session.mentors.taught(stream.epoch(epoch, first)))
+                drawn = _readable(stream.epoch(epoch, first))
+                answered = memory.accounted(session, session.mentors.taught(drawn))
                 for number, (batch, taught) in enumerate(signals.each(answered), first):
                     if number < done:
                         continue
@@ -203,6 +205,14 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
                 yield EpochEnd(epoch, session.epochs, rows)
             with signals.breakable():
                 pass  # a signal that came last of all is not forgotten either
+        except _Unreadable as error:
+            if saved != (epoch, done):
+                _check(learners)
+                save()
+            raise DataError(
+                f"{error.message}\nStopped before batch {done + 1} of epoch {epoch + 1}; saved in {session.run.path}",
+                hint=f"{error.hint} When the pictures are as they were, continue with --resume {session.run.path}",
+            ) from error
         except Stop:
             if saved != (epoch, done):
                 _check(learners)
@@ -212,6 +222,17 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
                 f"stopped by {signals.caught[0]} after {where}; saved in {session.run.path}",
                 hint=f"Continue with --resume {session.run.path}",
             ) from None
+
+
+class _Unreadable(DataError):
+    """A batch that could not be drawn: what was learned before it can be saved."""
+
+
+def _readable(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except DataError as error:
+        raise _Unreadable(error.message, hint=error.hint) from error
 
 
 def _step(
@@ -290,18 +311,3 @@ def _divergence(session: Session) -> Iterator[None]:
             with contextlib.suppress(KdcliError):  # a full disk must not hide the news
                 run.amend(diverged=error.message)
         raise
-
-
-@contextlib.contextmanager
-def _worker_deaths(caught: list[str], run: Run) -> Iterator[None]:
-    """A signal to the whole process group also ends the processes that decode files, and torch says so with an error
-    raised anywhere, in the middle of a step too: then nothing more is saved, and the last checkpoint counts."""
-    try:
-        yield
-    except (DataError, RuntimeError) as error:
-        if not caught or "worker" not in str(error):
-            raise
-        raise InterruptedRun(
-            f"stopped by {caught[0]}, which ended the decoding processes too; the last checkpoint in {run.path} stands",
-            hint=f"Continue with --resume {run.path}",
-        ) from None

@@ -24,14 +24,16 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which pictures, at what size, how augmented, in which order."""
 
-    name: str | None = None  # digits | cifar10 | cifar100 | imagenet[:DIR] | folder:DIR | npz:FILE
+    name: str | None = None  # digits | cifar10 | cifar100 | imagenet[:DIR] | folder:DIR | pack:FILE | npz:FILE
     root: str | None = None  # where downloads and bare names are looked for; default KDCLI_DATA, then KDCLI_HOME/data
     image_size: int | None = Field(default=None, ge=8, le=1024)  # pixels, square; default the data set's own
     augment: str = "auto"  # a preset's name; auto: the data set's own
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the training set kept for choosing an epoch
     per_class: int | None = Field(default=None, ge=1)  # use only this many training images of every class
     seed: int = Field(default=0, ge=0)  # order and views
-    workers: int | None = Field(default=None, ge=0)  # processes that decode a folder's files; default from the machine
+    readers: Literal["auto", "threads", "processes"] = "auto"  # what decodes a folder's or a pack's images
+    workers: int | None = Field(default=None, ge=0)  # how many of them; 0: the main process; default from the machine
+    decode: Literal["cpu", "cuda"] = "cpu"  # where JPEGs are decoded; a GPU's pixels differ a little
     skip_corrupt: bool = False
 
 
@@ -123,8 +125,10 @@ class Recipe(Section):
     expect: Expect | None = None
 
     def hash(self) -> str:
-        """sha256 of what decides the result: not titles, published figures, other methods' options or when to save."""
-        idle = {"title": True, "source": True, "expect": True, "baselines": True, "train": {"checkpoint_minutes"}}
+        """sha256 of what decides the result: not titles, published figures, other methods' options, when to save or who
+        decodes."""
+        idle: dict[str, Any] = {"title": True, "source": True, "expect": True, "baselines": True}
+        idle |= {"train": {"checkpoint_minutes"}, "data": {"readers", "workers"}}
         plain = self.model_dump(mode="json", exclude=idle)
         plain["method"] = {  # nothing has made these one type yet, and tau = 4 is tau = 4.0
             key: float(value) if type(value) is int else value for key, value in plain["method"].items()

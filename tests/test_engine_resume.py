@@ -412,24 +412,3 @@ def test_a_checkpoint_is_smaller_than_its_parts_and_safe_to_read(tmp_path: Path)
     size = sum(v.numel() * v.element_size() for v in tensors(opened.run.load_checkpoint()))
     assert student < size < 3 * student
     assert recipes.load(str(tmp_path / "run" / "recipe.toml")).hash() == kit.recipe("classroom").hash()
-
-
-@pytest.mark.parametrize("signalled", [True, False])
-def test_a_signal_that_also_ends_the_workers_is_an_interrupt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: bool
-) -> None:
-    """torch's SIGCHLD handler raises in the main thread, wherever it is; without a signal it is an error like any."""
-    opened = kit.session(kit.recipe(**{"train.epochs": 2}), tmp_path / "run")
-    update = opened.learners[0].step
-
-    def dies(batch: Any, taught: Any, epoch: int, number: int, step: int) -> None:
-        if (epoch, number) == (1, 1):
-            if signalled:
-                os.kill(os.getpid(), signal.SIGTERM)
-            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
-        update(batch, taught, epoch, number, step)
-
-    monkeypatch.setattr(opened.learners[0], "step", dies)
-    with pytest.raises(InterruptedRun if signalled else RuntimeError, match=r"decoding processes|DataLoader worker"):
-        kit.drive(distill.go(opened))
-    assert (opened.run.load_checkpoint()["epoch"], opened.run.load_checkpoint()["batch"]) == (1, 0)

@@ -1,4 +1,4 @@
-"""kdcli bench: exported files timed side by side."""
+"""kdcli bench: exported files, or the ways to read data, timed side by side."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ import typer
 
 from kdcli.cli import options as o
 
-EXAMPLES = ("kdcli bench", "kdcli bench student.onnx teacher.onnx --threads 1 --batch 1")
+EXAMPLES = ("kdcli bench", "kdcli bench --data folder:pictures,pack:pictures.pack")
 
 
 def bench(
@@ -14,18 +14,33 @@ def bench(
         list[str] | None,
         typer.Argument(help="ONNX files or exported runs; default: the newest run's.", metavar="FILE..."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images per call.", min=1)] = 1,
+    data: o.Data = None,
+    batch: Annotated[int | None, typer.Option(help="Images at a time (default 1; with --data 64).", min=1)] = None,
     threads: Annotated[int, typer.Option(help="onnxruntime's threads; 1 is what a phone app often gets.", min=1)] = 1,
     calls: Annotated[int, typer.Option(help="Timed calls of each file.", min=2)] = 200,
+    seconds: Annotated[float, typer.Option(help="With --data: length of each of three windows.", min=0.01)] = 2.0,
+    sets: o.Set = None,
+    data_root: o.Root = None,
+    skip_corrupt: o.SkipCorrupt = False,
+    device: o.Device = None,
     json: o.Json = False,
 ) -> None:
-    """Latency and throughput of exported files in onnxruntime, called in turn within one process."""
+    """Latency and throughput of exported files in onnxruntime, called in turn within one process.
+
+    With --data (several, separated by commas): images per second of the training stream instead, decoded by threads and
+    by processes in turn.
+    """
     from dataclasses import asdict
     from pathlib import Path
 
     from kdcli import bench as room, run as runs
     from kdcli.cli import show
-    from kdcli.errors import WeightsError
+    from kdcli.errors import RecipeError, WeightsError
+
+    if data:
+        if files:
+            raise RecipeError("bench: exported files or --data, not both", hint="Time them one after the other.")
+        return _feed(data, batch or 64, seconds, sets, data_root, skip_corrupt, device, json)
 
     paths = []
     for name in files or [None]:
@@ -39,6 +54,7 @@ def bench(
             raise WeightsError(f"{path}: no such file", hint=cure)
         paths.append(path)
     names = {str(path): path for path in paths}
+    batch = batch or 1
     timings = room.bench(names, batch=batch, threads=threads, runs=calls)
     if json:
         show.as_json([asdict(timing) for timing in timings])
@@ -48,6 +64,40 @@ def bench(
         [t.name, show.size(t.size), f"{t.p50:.3f}", f"{t.p90:.3f}", f"{t.p99:.3f}", f"{t.images_per_second:,.0f}"]
         for t in timings
     ]
-    title = f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}, {calls} calls each, {timings[0].provider}"
+    title = (
+        f"batch {batch or 1}, {threads} thread{'s' if threads > 1 else ''}, {calls} calls each, {timings[0].provider}"
+    )
     show.table(columns, rows, title=title)
     show.next_line("kdcli evaluate " + str(paths[0]))
+
+
+def _feed(data, batch, seconds, sets, root, skip_corrupt, device, json):
+    """Images per second of the training stream."""
+    import re
+    from dataclasses import asdict
+
+    from kdcli import device as devices
+    from kdcli.cli import show
+    from kdcli.data.speed import rates
+    from kdcli.recipe import Recipe, parse_set
+
+    over = {**parse_set(sets or []), "data.root": root, "data.skip_corrupt": skip_corrupt}
+    names = re.split(rf",(?=(?:{'|'.join(o.KINDS)})\b)", data)
+    configs = [Recipe().with_(**{**over, "data.name": name}).data for name in names]
+    picked = devices.pick(device)
+    measured = rates(configs, batch=batch, device=picked, seconds=seconds)
+    if json:
+        show.as_json([asdict(rate) for rate in measured])
+        return
+    rows = [
+        [r.data, r.readers, r.workers, f"{r.images_per_second:,.0f}", f"{r.low:,.0f} to {r.high:,.0f}"]
+        for r in measured
+    ]
+    title = f"training stream, batch {batch}, three windows of {seconds:g} s, to {devices.describe(picked)}"
+    show.table(["data", "read by", "workers", "images/s", "windows"], rows, title=title, left=2)
+    best = max(measured, key=lambda rate: rate.images_per_second)
+    if len(names) == 1 and names[0].partition(":")[0] in ("folder", "imagenet"):
+        show.next_line(f"kdcli data pack --data {names[0]}")
+    else:
+        chosen = f" --set data.readers={best.readers}" if best.readers in ("threads", "processes") else ""
+        show.next_line(f"kdcli train --model NAME --data {best.data}{chosen}")

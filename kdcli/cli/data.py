@@ -1,10 +1,14 @@
-"""kdcli data: which pictures there are."""
+"""kdcli data: which pictures there are, and a large folder of them packed into one file."""
+
+import contextlib
+import signal
+from typing import Annotated
 
 import typer
 
 from kdcli.cli import options as o
 
-app = typer.Typer(no_args_is_help=True, help="Data sets: what there is, and where it is looked for.")
+app = typer.Typer(no_args_is_help=True, help="Data sets: what there is, where it is looked for, packing.")
 
 
 @app.command("ls", epilog="Examples:\n\nkdcli data ls\n\nkdcli data ls --data-root pictures --json")
@@ -22,3 +26,67 @@ def ls(data_root: o.Root = None, json: o.Json = False) -> None:
     show.table(["name", "state", "images", "classes", "where"], rows, left=2)
     show.line("data root", f"{where(data_root)} (--data-root or KDCLI_DATA)")
     show.next_line("kdcli train --model NAME --data folder:DIR")
+
+
+@app.command(
+    "pack",
+    epilog="Examples:\n\nkdcli data pack --data folder:pictures\n\n"
+    "kdcli data pack --data imagenet --file imagenet.pack --skip-corrupt",
+)
+def pack(
+    data: o.Data = None,
+    file: Annotated[str | None, typer.Option(help="Where to write (default: DIR.pack beside the folder).")] = None,
+    size: Annotated[int, typer.Option(help="Longest short side, in pixels; larger images are shrunk.", min=8)] = 256,
+    quality: Annotated[int, typer.Option(help="JPEG quality of those that are not copied.", min=1, max=100)] = 90,
+    data_root: o.Root = None,
+    skip_corrupt: o.SkipCorrupt = False,
+    json: o.Json = False,
+) -> None:
+    """Pack a folder of images into one memory-mapped file, which is read faster; mentors trained on it still fit."""
+    from dataclasses import asdict
+    from time import perf_counter
+
+    from rich.progress import track
+
+    from kdcli.cli import show
+    from kdcli.data import packing
+    from kdcli.errors import RecipeError
+    from kdcli.recipe import DataConfig
+
+    if not data or data.partition(":")[0] not in ("folder", "imagenet"):
+        raise RecipeError(
+            f"--data {data}: only folders of image files are packed", hint="--data folder:DIR or imagenet[:DIR]"
+        )
+    began = perf_counter()
+    config = DataConfig(name=data, root=data_root, skip_corrupt=skip_corrupt)
+    quiet = json or not show.console.is_terminal
+    with _stoppable():
+        done, notes = packing(
+            config, file, size=size, quality=quality,
+            track=lambda images: images if quiet else track(images, "packing", console=show.console),
+        )  # fmt: skip
+    seconds = perf_counter() - began
+    if json:
+        show.as_json({**asdict(done), "seconds": seconds})
+        return
+    show.notes(notes)
+    if done.skipped:
+        show.line("left out", f"{len(done.skipped)} unreadable: {', '.join(done.skipped[:5])}")
+    rows = [["images", done.images], ["of them copied as they were", done.copied], ["before", show.size(done.before)],
+            ["after", show.size(done.after)], ["images/s", f"{done.images / seconds:,.0f}"]]  # fmt: skip
+    show.table([str(done.path), ""], rows)
+    show.next_line(f"kdcli bench --data {data},pack:{done.path}")
+
+
+@contextlib.contextmanager
+def _stoppable():
+    """SIGTERM as Ctrl-C within the block: the half-written file is removed on the way out."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread, where signals cannot be caught
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

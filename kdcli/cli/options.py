@@ -9,10 +9,11 @@ from kdcli import recipe as recipes
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.recipe import Recipe
 
-KINDS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "npz")
+KINDS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "pack", "npz")
 
 Data = Annotated[
-    str | None, typer.Option(help="digits, cifar10, cifar100, imagenet[:DIR], folder:DIR or npz:FILE.", metavar="NAME")
+    str | None,
+    typer.Option(help="digits, cifar10, cifar100, imagenet[:DIR], folder:DIR, pack:FILE or npz:FILE.", metavar="NAME"),
 ]
 Root = Annotated[str | None, typer.Option(help="Where data sets lie (default: KDCLI_DATA).", metavar="DIR")]
 Student = Annotated[str | None, typer.Option(help="The network that learns and ships.", metavar="NAME")]
@@ -71,7 +72,7 @@ def assemble(
     if isinstance(base, Recipe):
         start = base
     else:
-        name = base or _defaults(data or str(given.get("data.name") or ""))
+        name = base or _defaults(data or str(given.get("data.name") or ""), root)
         if base is None:
             notes.append(("training", f"recipe {name}", "no --recipe was given"))
         start = recipes.load(name)
@@ -80,16 +81,22 @@ def assemble(
     return start.with_(**{**over, **given}), notes
 
 
-def _defaults(data: str) -> str:
+def _defaults(data: str, root: str | None) -> str:
     """The built-in recipe with the training settings that suit a data set."""
     if not data:
         raise RecipeError("no data is named", hint="Add --data NAME or --recipe NAME; `kdcli data ls` lists data.")
-    kind = data.partition(":")[0]
+    kind, _, where = data.partition(":")
     if kind not in KINDS:
         raise RecipeError(
             f"data.name: no data set called {data!r}",
             hint=f"{did_you_mean(kind, KINDS)} Your own pictures are folder:DIR, one folder a class.".strip(),
         )
+    if kind == "pack" and where:
+        from kdcli.data.pack import facts
+        from kdcli.data.sources import here_or
+        from kdcli.home import data_root
+
+        kind = facts(here_or(data_root(root), where))["kind"]  # of what was packed
     return f"defaults/{'cifar' if kind.startswith('cifar') else kind}"
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from kdcli.data import pack
 from kdcli.data.folder import IMG_EXTENSIONS
+from kdcli.errors import DataError
 from kdcli.home import data_root
 
 
 def available(root: str | None = None) -> list[dict[str, Any]]:
-    """The data sets that can be named: the built-in ones and the folders and .npz files in the data root.
+    """The data sets that can be named: the built-in ones, and folders, packs and .npz files in the data root.
 
     One dict each: `name` (as --data takes it), `where`, `images`, `classes` (counts; None when unknown), `present`.
     """
@@ -25,6 +27,8 @@ def available(root: str | None = None) -> list[dict[str, Any]]:
     for path in sorted(base.iterdir()) if base.is_dir() else []:
         if path.suffix == ".npz" and path.is_file():
             found.append(_npz(path))
+        elif path.suffix == pack.ENDING and path.is_file():
+            found.append(_pack(path))
         elif path.is_dir() and path != imagenet and (path / "train").is_dir():
             found.append(_folder(f"folder:{path.name}", path))
     return found
@@ -42,6 +46,15 @@ def _folder(name: str, path: Path) -> dict[str, Any]:
     parts = [path / part for part in ("train", "val", "test") if (path / part).is_dir()]
     images = sum(file.lower().endswith(IMG_EXTENSIONS) for p in parts for _, _, files in os.walk(p) for file in files)
     return _row(name, str(path), images, classes, True)
+
+
+def _pack(path: Path) -> dict[str, Any]:
+    """Counts from the pack's first bytes; a file that is none is listed without them."""
+    try:
+        facts = pack.facts(path)
+    except DataError:
+        return _row(f"pack:{path.name}", str(path), None, None, False)
+    return _row(f"pack:{path.name}", str(path), facts["train"] + facts["test"], len(facts["classes"]), True)
 
 
 def _npz(path: Path) -> dict[str, Any]:

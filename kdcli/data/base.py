@@ -131,6 +131,10 @@ class DataSet:
     views: int | None = None  # distinct views of an image when they can be counted
     notes: list[tuple[str, object, str]] = field(default_factory=list)  # (recipe key, value, why): chosen for the user
     skipped: list[str] = field(default_factory=list)  # corrupt files left out
+    pixels: str = ""  # as `hash`, but a packed copy has its own: what answers to the pixels themselves are stored under
+
+    def __post_init__(self) -> None:
+        self.pixels = self.pixels or self.hash
 
 
 def square(pixels: Tensor, size: int) -> Tensor:
@@ -153,7 +157,7 @@ def moments(split: Split, some: int | None = None) -> tuple[Triple, Triple]:
     """Mean and standard deviation (at least 0.01) of each channel over the plain images, or `some` spread evenly."""
     rows = torch.arange(len(split)) if some is None or some >= len(split) else torch.arange(some) * len(split) // some
     total, squares, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
-    for few in rows.split(64):  # one batch at a time: a folder's workers are not started for this
+    for few in rows.split(64):  # one batch at a time: no processes are started for this
         part = next(split.subset(few).plain(64)).pixels.double()
         total += part.sum((0, 2, 3))
         squares += part.square().sum((0, 2, 3))

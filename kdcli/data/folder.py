@@ -1,31 +1,25 @@
-"""Folders of image files: listed, checked, decoded by worker processes; which process draws a view changes nothing.
-
-A file's plain image is RGB, resized and centre-cropped to a square (`fit`). Every preset starts from it but `imagenet`,
-which crops the file itself; so a small set is decoded once and lives in memory, with the same pixels as when streamed.
-"""
+"""Folders of image files: listed, divided into what trains and what tests, and checked."""
 
 import hashlib
 import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as tvf
 
-from kdcli.data.base import Device, as_float, moved
-from kdcli.data.views import PLAIN, Views, resized_crop
+from kdcli.data.decode import Part, corrupt, why_broken
+from kdcli.data.split import check_classes
 from kdcli.errors import DataError
 
-EVAL_RATIO = 256 / 224  # the imagenet preset's test images: short side resized to 256, centre 224 kept
+LAYOUT = (
+    "Lay it out as {where}/train/<class>/*.jpg and {where}/val/<class>/*.jpg, "
+    "for ImageNet with WordNet ids (n01440764) as classes"
+)
+Some = TypeVar("Some", bound=Part)
 
 
 @dataclass
@@ -41,8 +35,11 @@ class Listing:
     def __len__(self) -> int:
         return len(self.files)
 
-    def path(self, row: int) -> Path:
-        return self.root / os.fsdecode(bytes(self.files[row]))
+    def read(self, row: int) -> np.ndarray:
+        return np.fromfile(self.where(row), dtype=np.uint8)
+
+    def where(self, row: int) -> str:
+        return str(self.root / os.fsdecode(bytes(self.files[row])))
 
     def keep(self, rows: np.ndarray) -> "Listing":
         return Listing(self.root, self.classes, self.files[rows], self.sizes[rows], self.labels[rows])
@@ -97,181 +94,69 @@ def fingerprint(parts: list[Listing]) -> str:
     return digest.hexdigest()
 
 
-def broken(files: Listing, threads: int) -> list[tuple[int, str]]:
-    """(row, why) of every file that does not decode to its end."""
-
-    def why(row: int) -> str | None:
-        try:
-            with Image.open(files.path(row)) as image:
-                image.draft(image.mode, (1, 1))  # a JPEG at an eighth of its size: read to its end, at less cost
-                image.load()
-        except Exception as error:
-            return _reason(error)
-        return None
-
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
-        return [(row, text) for row, text in enumerate(pool.map(why, range(len(files)))) if text is not None]
-
-
-def _reason(error: Exception) -> str:
-    return "not an image" if "cannot identify" in str(error) else f"{type(error).__name__}: {error}"
-
-
-def corrupt(found: list[str]) -> DataError:
-    """The refusal that names up to five files that do not decode and counts the rest."""
-    more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
-    lines = "".join(f"\n  {text}" for text in found[:5])
-    count = f"{len(found)} image file{'s do' if len(found) > 1 else ' does'} not decode"
-    return DataError(
-        f"{count}:{lines}{more}",
-        hint="Replace or remove them, or leave them out: --skip-corrupt (data.skip_corrupt = true).",
-    )
-
-
-def fit(image: Image.Image, size: int, ratio: float) -> Image.Image:
-    """Short side resized to size * ratio, the centre square of `size` kept."""
-    short = round(size * ratio)
-    return tvf.center_crop(tvf.resize(image, [short], antialias=True), [size, size])  # pyright: ignore[reportArgumentType, reportReturnType]
-
-
-Request = tuple[int, list[int], list[int]]  # part, rows in it, their views
-Answer = tuple[np.ndarray, list[str]]  # uint8 pixels [B,3,S,S], and the files that did not decode
-
-
-class Decoder(Dataset):
-    """Answers requests, in whatever process it is called."""
-
-    def __init__(self, parts: tuple[Listing, ...], views: Views) -> None:
-        self.parts, self.views = parts, views
-
-    def __getitem__(self, request: Request) -> Answer:
-        part, rows, views = request
-        files, size = self.parts[part], self.views.size
-        out = np.zeros((len(rows), 3, size, size), dtype=np.uint8)
-        errors = []
-        for n, (row, view) in enumerate(zip(rows, views, strict=True)):
-            try:
-                with Image.open(files.path(row)) as image:
-                    out[n] = self._draw(image.convert("RGB"), view)
-            except Exception as error:
-                errors.append(f"{files.path(row)} ({_reason(error)})")
-        return out, errors
-
-    def _draw(self, image: Image.Image, view: int) -> np.ndarray:
-        resized = self.views.preset.resized
-        if resized and view >= 0:
-            return np.asarray(resized_crop(image, view, self.views.size)).transpose(2, 0, 1)
-        plain = np.asarray(fit(image, self.views.size, EVAL_RATIO if resized else 1.0)).transpose(2, 0, 1)
-        if view < 0:
-            return plain
-        return self.views.apply(torch.from_numpy(plain.copy())[None], torch.tensor([view]))[0].numpy()
-
-
-class Requests(Sampler[Request]):
-    """What the workers are to do next, set anew before each pass: they outlive it."""
-
-    def __init__(self) -> None:
-        self.part, self.index, self.view, self.size = 0, torch.empty(0), torch.empty(0), 1
-
-    def ask(self, part: int, index: Tensor, view: Tensor, size: int) -> "Requests":
-        self.part, self.index, self.view, self.size = part, index.cpu(), view.cpu(), size
-        return self
-
-    def __iter__(self) -> Iterator[Request]:
-        for rows, views in zip(self.index.split(self.size), self.view.split(self.size), strict=True):
-            yield self.part, rows.tolist(), views.tolist()
-
-
-def _same(answer: Any) -> Any:
-    return (
-        answer  # arrays travel through the pipe: shared memory is 64 MB in a container, and a bus error explains little
-    )
-
-
-def _start(_: int) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the main process's to answer: it saves, then ends its workers
-
-
-class Pool:
-    """`workers` processes (0: this one) that decode the files of all parts; started at the first need, then kept."""
-
-    def __init__(self, parts: tuple[Listing, ...], views: Views, workers: int) -> None:
-        self.views, self.workers = views, workers
-        self._decode = Decoder(parts, views)
-        self._requests = Requests()
-        self._loader = self._make(self._requests)
-        self._busy = False
-
-    def _make(self, requests: Requests, keep: bool = True) -> DataLoader:
-        return DataLoader(
-            self._decode,
-            batch_size=None,
-            sampler=requests,
-            num_workers=self.workers,
-            persistent_workers=keep and self.workers > 0,
-            collate_fn=_same,
-            worker_init_fn=_start,
-            generator=torch.Generator(),  # else every pass draws a number from the global generator
-        )
-
-    def batches(self, part: int, index: Tensor, view: Tensor, size: int, device: Device) -> Iterator[Tensor]:
-        """Raises DataError naming files that do not decode, and when a worker was killed."""
-        if len(index) <= size:  # one batch is not worth waking the workers
-            yield _checked(self._decode[part, index.tolist(), view.tolist()], device)
-        elif self._busy:  # with another pass that is not over
-            for answer in self._answers(self._make(Requests().ask(part, index, view, size), keep=False)):
-                yield _checked(answer, device)
-        else:
-            self._busy = True
-            self._requests.ask(part, index, view, size)
-            try:
-                for answer in self._answers(self._loader):
-                    yield _checked(answer, device)
-            finally:
-                self._busy = False
-
-    def _answers(self, loader: DataLoader) -> Iterator[Answer]:
-        try:
-            yield from loader
-        except RuntimeError as error:
-            self._loader = self._make(self._requests)
+def divided(kind: str, path: Path, notes: list[tuple[str, object, str]]) -> tuple[Listing, Listing]:
+    """Training and test files: of train/ and val/ (or test/), or of one folder split 80/20 by a hash of each name."""
+    found = folders(path)
+    second = next((name for name in ("val", "test") if name in found), None)
+    if "train" in found and second:
+        classes, seen = folders(path / "train"), folders(path / second)
+        strange = sorted(set(seen) - set(classes))
+        if strange:
             raise DataError(
-                f"a worker process that decodes images ended ({str(error).splitlines()[0]})",
-                hint="Mostly a lack of memory: --set data.workers=2, or 0 to decode in the main process.",
-            ) from error
-
-    def decoded(self, part: int, threads: int) -> Tensor:
-        """Every plain image of a part [N,3,S,S] uint8. Raises DataError naming all files that do not decode."""
-        count, size = len(self._decode.parts[part]), self.views.size
-        out = np.empty((count, 3, size, size), dtype=np.uint8)
-        errors: list[str] = []
-
-        def one(row: int) -> None:
-            pixels, wrong = self._decode[part, [row], [PLAIN]]
-            out[row] = pixels[0]
-            errors.extend(wrong)
-
-        with ThreadPoolExecutor(max(threads, 1)) as pool:
-            list(pool.map(one, range(count)))
-        if errors:
-            raise corrupt(sorted(errors))
-        return torch.from_numpy(out)
-
-
-class Files:
-    """A store: one part of a pool's files, decoded when asked for."""
-
-    def __init__(self, pool: Pool, part: int) -> None:
-        self.pool, self.part, self.views = pool, part, pool.views
-
-    def batches(self, index: Tensor, view: Tensor, size: int, device: Device) -> Iterator[Tensor]:
-        return self.pool.batches(self.part, index, view, size, device)
+                f"{path}: {len(strange)} classes of {second}/ are not in train/: {', '.join(strange[:5])}",
+                hint="Both parts need the same class folders; remove or rename those.",
+            )
+        train = listing(path, "train", classes)
+        test = listing(path, second, [c for c in classes if c in seen])
+        if len(test):  # labels counted within the classes it has
+            lookup = np.array([classes.index(c) for c in test.classes])
+            test = Listing(path, classes, test.files, test.sizes, lookup[test.labels])
+        if not len(train) or not len(test):
+            raise DataError(
+                f"{path}: no image files in {second if len(train) else 'train'}/", hint=f"{LAYOUT.format(where=path)}."
+            )
+        if second == "val" and "test" in found:
+            notes.append(("data.name", str(path), "tested on val/; its test/ is not read"))
+        return train, test
+    if kind == "imagenet" or "train" in found:
+        raise DataError(
+            f"{path}: no {'val' if 'train' in found else 'train'}/; it holds {', '.join(found[:5]) or 'no folders'}",
+            hint=f"{LAYOUT.format(where=path)}. Or say where it lies: --data {kind}:DIR, --data-root DIR, KDCLI_DATA.",
+        )
+    whole = listing(path, "", found)
+    if not len(whole):
+        raise DataError(
+            f"{path}: no image files in class folders under it",
+            hint=f"{LAYOUT.format(where=path)}; or one folder a class.",
+        )
+    check_classes(whole.labels, whole.classes, str(path))
+    return _split_by_name(whole, notes)
 
 
-def _checked(answer: Answer, device: Device) -> Tensor:
-    pixels, errors = answer
-    if errors:
-        raise corrupt(errors)
-    return as_float(moved(torch.from_numpy(pixels), device))
+def _split_by_name(whole: Listing, notes: list[tuple[str, object, str]]) -> tuple[Listing, Listing]:
+    lots = np.array([hashlib.sha256(bytes(name)).digest()[:8] for name in whole.files], dtype="S8")
+    lots = np.frombuffer(lots.tobytes(), dtype=">u8")
+    test = []
+    for label, name in enumerate(whole.classes):
+        rows = np.flatnonzero(whole.labels == label)
+        if len(rows) < 2:
+            raise DataError(
+                f"{whole.root}: class {name!r} has one image, which cannot both train and test",
+                hint="Add images, or divide them yourself into train/ and val/.",
+            )
+        test.append(rows[np.argsort(lots[rows], kind="stable")[: max(1, round(0.2 * len(rows)))]])
+    chosen = np.sort(np.concatenate(test))
+    share = f"{len(chosen)} of {len(whole)} images (20 % of each class, by a hash of the file name)"
+    notes.append(("data.name", str(whole.root), f"no train/ and val/: {share} are tested on"))
+    return whole.keep(np.setdiff1d(np.arange(len(whole)), chosen)), whole.keep(chosen)
+
+
+def sound(part: Some, skip: bool, threads: int, skipped: list[str]) -> Some:
+    """The images that decode; the others are fatal, or left out and named in `skipped`."""
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        found = list(pool.map(lambda row: why_broken(part, row), range(len(part))))
+    bad = [(row, why) for row, why in enumerate(found) if why is not None]
+    if bad and not skip:
+        raise corrupt([f"{part.where(row)} ({why})" for row, why in bad])
+    skipped += [part.where(row) for row, _ in bad]
+    return part.keep(np.setdiff1d(np.arange(len(part)), [row for row, _ in bad])) if bad else part

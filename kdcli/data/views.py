@@ -4,15 +4,14 @@ Every random number is an integer hash of what names it, computed with wrapping 
 and a worker process draw the same bits, in any order, without a generator to save.
 """
 
-import contextlib
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop, functional as tvf, v2
+from torchvision.transforms import v2
 from torchvision.transforms.autoaugment import AutoAugmentPolicy
 
 from kdcli.errors import RecipeError, did_you_mean
@@ -20,13 +19,17 @@ from kdcli.errors import RecipeError, did_you_mean
 MAX = 2**63 - 1  # views are hashes of 63 bits: never negative, so -1 can mean "plain"
 PLAIN = -1
 GREY = 128  # what DiSK fills with
+TRIES = 10  # at a crop that fits, before the largest centred one is taken
+DRAWS = 4 * TRIES + 1  # numbers that a resized crop is made of
 
 
 def _signed(x: int) -> int:
     return x - 2**64 if x >= 2**63 else x
 
 
-_STEP, _M1, _M2 = (_signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_STEP, _M1, _M2, _LOT = (
+    _signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x632BE59BD9B4E019)
+)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -58,7 +61,13 @@ def number(*parts: int) -> int:
 
 def lot(view: Int[Tensor, " B"], which: int, below: int) -> Int[Tensor, " B"]:
     """The `which`-th number drawn from each view, uniform in [0, below)."""
-    return (_mix(view + _signed((which + 1) * 0x632BE59BD9B4E019 % 2**64)) & MAX) % below
+    return (_mix(view + _signed((which + 1) * _LOT % 2**64)) & MAX) % below
+
+
+def uniform(view: Int[Tensor, " B"], n: int) -> Float[Tensor, "B n"]:
+    """The first `n` numbers drawn from each view, uniform in [0, 1), float64."""
+    which = torch.arange(1, n + 1, device=view.device) * _LOT
+    return ((_mix(view[:, None] + which) & MAX) >> 10) * 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,7 @@ class Views:
         if self.count == 1:
             return pixels
         if self.preset.resized:
-            crops = [resized_crop(p, v, self.size) for p, v in zip(pixels, view.tolist(), strict=True)]
-            return torch.stack(crops)
+            return torch.stack([resized_crop(*one, self.size) for one in zip(pixels, numbers(view), strict=True)])
         plain = view < 0
         dy, dx, flip = (
             x.masked_fill(plain, at) for x, at in zip(self._place(view), (self.pad, self.pad, 0), strict=True)
@@ -174,24 +182,40 @@ def _cut(pixels: Tensor, cy: Tensor, cx: Tensor, plain: Tensor, length: int) -> 
     return pixels.masked_fill((y[:, :, None] & x[:, None, :])[:, None], 0)
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator at `seed` within the block and as it was afterwards; no other device's is touched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+def numbers(view: Int[Tensor, " B"]) -> list[list[float]]:
+    """What `resized_crop` makes each view's crop of; nothing for a view of -1."""
+    draws = uniform(view, DRAWS).tolist()
+    return [one if name >= 0 else [] for one, name in zip(draws, view.tolist(), strict=True)]
 
 
-def resized_crop(image, view: int, size: int):
-    """RandomResizedCrop to `size` and flip of one image (PIL, or tensor [3,H,W]), named by its view; -1: only resized.
+def resized_crop(image: Tensor, draws: list[float], size: int) -> Tensor:
+    """RandomResizedCrop of [3,H,W] to `size` and flip (Inception's: Szegedy et al., CVPR 2015), made of DRAWS numbers.
 
-    Inception's crop (Szegedy et al., CVPR 2015) with torchvision's sampling of scale and ratio.
+    Without numbers the whole image, resized.
     """
-    height, width = (image.height, image.width) if not isinstance(image, Tensor) else image.shape[-2:]
-    top, left, flip = 0, 0, False
-    if view >= 0:
-        with seeded(view):
-            top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-            flip = bool(torch.rand(()) < 0.5)
-    out = tvf.resized_crop(image, top, left, height, width, [size, size], antialias=True)
-    return tvf.hflip(out) if flip else out
+    if not draws:
+        return resized(image, size, size)
+    top, left, height, width = _crop(draws, *image.shape[-2:])
+    out = resized(image[:, top : top + height, left : left + width], size, size)
+    return out.flip(-1) if draws[-1] < 0.5 else out
+
+
+def _crop(draws: list[float], height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width): 8 to 100 % of the area, sides as 3:4 to 4:3, evenly on a logarithmic scale."""
+    for n in range(0, 4 * TRIES, 4):
+        area = height * width * (0.08 + 0.92 * draws[n])
+        ratio = (4 / 3) ** (2 * draws[n + 1] - 1)
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(draws[n + 2] * (height - h + 1)), int(draws[n + 3] * (width - w + 1)), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized(image: Tensor, height: int, width: int) -> Tensor:
+    """[3,H,W] resized by an antialiased bilinear filter; the type stays."""
+    if image.shape[-2:] == (height, width):
+        return image
+    if image.dtype == torch.uint8 and image.device.type != "cpu":  # only a CPU interpolates bytes
+        return resized(image.float(), height, width).round_().clamp_(0, 255).byte()
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]

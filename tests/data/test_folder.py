@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from kdcli.data import AUGMENTS, Stream, available, open_data
 from kdcli.data.base import Pixels
-from kdcli.data.folder import Files
+from kdcli.data.readers import Files
 from kdcli.errors import DataError, KdcliError
 from kdcli.recipe import DataConfig
 
@@ -49,8 +49,8 @@ def test_imagenet_real(imagenette):
     assert data.views is None
     assert {"data.image_size", "data.hash", "data.augment"} <= {key for key, _, _ in data.notes}
     path = next(iter(sorted((imagenette / "val" / "n01440764").iterdir())))
-    picture = v2.functional.pil_to_tensor(v2.CenterCrop(224)(v2.Resize(256)(Image.open(path).convert("RGB"))))
-    assert data.test.take(1)[0].mul(255).round().byte().equal(picture)
+    picture = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
+    assert data.test.take(1)[0].mul(255).round().byte().equal(v2.CenterCrop(224)(v2.Resize(256)(picture)))
     batch = next(Stream(data, 8, seed=0).epoch(0))
     assert batch.pixels.shape == (8, 3, 224, 224)
     assert Stream(data, 8, seed=0).again(batch.index, batch.view).equal(batch.pixels)
@@ -61,7 +61,7 @@ def test_bare_imagenet_is_looked_for_in_the_data_root(imagenette, tmp_path, monk
         open_data(DataConfig(name="imagenet", root=str(tmp_path)))
     for word in ("train/<class>", "val/<class>", "imagenet:DIR", "--data-root", "KDCLI_DATA", str(tmp_path)):
         assert word in error.value.hint
-    monkeypatch.setattr("kdcli.data.folder.broken", lambda files, threads: [])
+    monkeypatch.setattr("kdcli.data.folder.why_broken", lambda part, row: None)
     monkeypatch.setenv("KDCLI_DATA", str(imagenette))
     itself = open_data(DataConfig(name="imagenet"))
     (tmp_path / "imagenet").symlink_to(imagenette)
@@ -72,35 +72,6 @@ def test_bare_imagenet_is_looked_for_in_the_data_root(imagenette, tmp_path, monk
 
 
 # --- made-up ones
-
-
-def test_workers_change_nothing(folder):
-    path = folder(n=10, size=(50, 40))
-    for augment in ("imagenet", "disk"):
-        here, there = (opened(path, augment=augment, workers=n, image_size=72) for n in (0, 2))
-        one, two = Stream(here, 4, seed=0), Stream(there, 4, seed=0)
-        whole = list(one.epoch(0))
-        torch.manual_seed(3)
-        state = torch.random.get_rng_state()
-        next(two.epoch(0))  # left after one batch
-        assert all(same(a, b) for a, b in zip(whole, two.epoch(0), strict=True))
-        assert all(same(a, b) for a, b in zip(whole[2:], two.epoch(0, 2), strict=True))
-        running = two.epoch(0)
-        assert same(next(running), whole[0])
-        assert all(same(a, b) for a, b in zip(here.test.plain(3), there.test.plain(3), strict=True))  # meanwhile
-        assert all(same(a, b) for a, b in zip(whole[1:], running, strict=True))
-        assert torch.random.get_rng_state().equal(state)
-        assert two.again(whole[1].index, whole[1].view).equal(whole[1].pixels)
-
-
-@pytest.mark.slow
-def test_workers_may_be_spawned(folder):
-    data = opened(folder(n=10), workers=1, image_size=72)
-    pool = data.train.store.pool
-    pool._loader.multiprocessing_context = "spawn"
-    there = list(Stream(data, 4, seed=0).epoch(0))
-    here = list(Stream(opened(data.name[7:], image_size=72), 4, seed=0).epoch(0))
-    assert all(same(a, b) for a, b in zip(here, there, strict=True))
 
 
 @pytest.mark.parametrize("augment", [a for a in AUGMENTS if a != "imagenet"])
@@ -137,7 +108,7 @@ def test_one_folder_is_split_by_name(folder):
     again = opened(path)
     assert again.hash == data.hash
     assert again.test.take(8).equal(data.test.take(8))
-    files = [set(p.files.tolist()) for p in opened(path, augment="imagenet").train.store.pool._decode.parts]
+    files = [set(p.files.tolist()) for p in opened(path, augment="imagenet").train.store.readers.decoder.parts]
     assert not files[0] & files[1]
     assert len(files[0] | files[1]) == 40
 
@@ -215,18 +186,6 @@ def test_in_a_large_folder_a_corrupt_file_stops_at_first_touch(folder, workers, 
         list(data.train.plain(7))
     assert str(cut) in error.value.message
     assert "Traceback" not in error.value.message
-
-
-def test_a_killed_worker_is_told(folder):
-    data = opened(folder(n=20, size=(100, 100)), workers=1, image_size=224)
-    running = data.train.plain(2)
-    next(running)
-    for process in data.train.store.pool._loader._iterator._workers:
-        process.kill()
-    with pytest.raises(DataError, match="worker process") as error:
-        list(running)
-    assert "data.workers" in error.value.hint
-    assert sum(len(b) for b in data.train.plain(16)) == 40  # the next pass has new workers
 
 
 def test_layout_faults(folder, tmp_path):
