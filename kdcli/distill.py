@@ -1,5 +1,6 @@
 """From a recipe to a trained student in a run folder: the one way in for distill, train and compare."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcli import board, device as devices, engine, files, methods, run as runs, weights, zoo
+from kdcli import board, device as devices, engine, files, fill, methods, run as runs, weights, zoo
 from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
 from kdcli.engine import EpochEnd, Session, Step
@@ -70,8 +71,11 @@ def open_session(
     classroom.notes.append(("train.precision", learners[0].precision, learners[0].precision_why))
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
-    wanted = any(learner.method.teachers for learner in learners)
-    mentors = Mentors(classroom.mentors if wanted else [], precision, device)
+    if any(learner.method.teachers for learner in learners):
+        pooled = any("pooled" in learner.method.needs for learner in learners)
+        mentors = fill.open_mentors(classroom, recipe, pooled=pooled)
+    else:
+        mentors = Mentors([], precision, device)
     return Session(learners, stream, mentors, data, run, folders, config, keep or set())
 
 
@@ -107,6 +111,7 @@ def facts_of(classroom: Classroom) -> dict[str, Any]:
             "test": len(data.test),
         },
         "mentors": {m.name: {"architecture": m.architecture.full, "sha256": m.digest} for m in classroom.mentors},
+        "banks": classroom.banks,
         "chosen": [[key, str(value), why] for key, value, why in classroom.notes],
     }
 
@@ -136,6 +141,8 @@ def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
     yield from engine.train(session, resume=resume)
     for learner in session.learners:
         finish(session, learner)
+    for word in session.mentors.words():
+        print(f"warning: {word}", file=sys.stderr)
 
 
 def finish(session: Session, learner: Learner) -> None:

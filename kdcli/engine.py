@@ -122,6 +122,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
                         learner.check()
                         learner.check_weights()
                 if caught:
+                    session.mentors.flush()
                     session.checkpoint(epoch, number + 1)
                     raise InterruptedRun(
                         f"stopped by {caught[0]} after batch {number + 1} of epoch {epoch + 1}; saved in "
@@ -130,6 +131,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
                     )
                 seconds = time.perf_counter() - began
                 yield Step(epoch + 1, session.epochs, number + 1, batches, images, seconds, active)
+            session.mentors.flush()
             epoch, first = epoch + 1, 0
             rows = {learner.name: _end_epoch(session, learner, epoch) for learner in active}
             session.checkpoint(epoch, 0)

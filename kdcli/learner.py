@@ -257,6 +257,16 @@ def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -
             f"method {name} marks answers by one true class, which mixup and cutmix take away",
             hint="--set train.mixup=0 --set train.cutmix=0, or a method without marks (kd, aver).",
         )
+    if recipe.classroom.bank and method.teachers and "maps" in method.needs:
+        raise RecipeError(
+            f"classroom.bank: method {name} reads its mentors' intermediate maps, and a bank answers logits",
+            hint="--set classroom.bank=false",
+        )
+    if recipe.classroom.bank and "pooled" in method.needs and not recipe.classroom.bank_pooled:
+        raise RecipeError(
+            f"classroom.bank: method {name} reads its mentors' pooled features, which this bank leaves out",
+            hint="--set classroom.bank_pooled=true, or --set classroom.bank=false.",
+        )
     if "full_batches" in method.needs and recipe.train.accumulate > 1:
         raise RecipeError(
             f"train.accumulate = {recipe.train.accumulate}: method {name} ranks whole batches, and micro-batches would "

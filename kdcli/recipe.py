@@ -28,6 +28,7 @@ class DataConfig(Section):
     root: str | None = None  # where downloads and bare names are looked for; default KDCLI_DATA, then KDCLI_HOME/data
     image_size: int | None = Field(default=None, ge=8, le=1024)  # pixels, square; default the data set's own
     augment: str = "auto"  # a preset's name; auto: the data set's own
+    views: int | None = Field(default=None, ge=1)  # keep to this many views of an image, so that a bank can hold them
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the training set kept for choosing an epoch
     per_class: int | None = Field(default=None, ge=1)  # use only this many training images of every class
     seed: int = Field(default=0, ge=0)  # order and views
@@ -43,6 +44,9 @@ class ClassroomConfig(Section):
     peers: list[str] = []
     class_map: Literal["off", "auto"] | dict[str, str | int] = "off"  # data class -> mentor's class
     precision: Precision = "auto"  # of the mentors
+    bank: bool = False  # keep the mentors' answers on disk, rounded to float16, and read them from there
+    bank_top: int | None = Field(default=None, ge=1)  # of a banked answer keep this many classes; default all
+    bank_pooled: bool = False  # bank the mentors' penultimate vectors too
 
 
 class MethodConfig(BaseModel):

@@ -92,7 +92,7 @@ def _open_arrays(config: DataConfig, kind: str, where: str, augment: str, device
         notes.append(("data.image_size", size, "the longer side of the file's images, at least 8"))
     elif config.image_size is None:
         notes.append(("data.image_size", size, f"default of {kind}"))
-    views = Views(augment, size)
+    views = Views(augment, size, config.views)
     if views.preset.auto and raw.images["train"].dtype != np.uint8:
         raise RecipeError(
             f"data.augment = {augment!r} needs 8-bit images; {name} holds floating-point ones",
@@ -112,7 +112,7 @@ def _open_arrays(config: DataConfig, kind: str, where: str, augment: str, device
         notes.append(("data.holdout", len(held), "the file's own val part is the held-out slice; all of train trains"))
     train, held = _divide(config, train, held, raw.classes)
     return DataSet(
-        name, raw.classes, None, raw.hash(), mean, std, size, augment, train, test, held, views.count, notes
+        name, raw.classes, None, raw.hash(), mean, std, size, augment, train, test, held, views.slots, notes
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def _open_folder(config: DataConfig, kind: str, path: Path, augment: str, device
     size = config.image_size or 224
     if config.image_size is None:
         notes.append(("data.image_size", size, f"default of {kind}"))
-    views = Views(augment, size)
+    views = Views(augment, size, config.views)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, 8) if config.workers is None else config.workers
     train, test = _parts(config, kind, path, notes)
@@ -190,7 +190,7 @@ def _open_folder(config: DataConfig, kind: str, path: Path, augment: str, device
     rest, held = _divide(config, whole, None, classes)
     tested = Split(stores[1], torch.from_numpy(test.labels))
     return DataSet(
-        name, classes, wnids, digest, mean, std, size, augment, rest, tested, held, views.count, notes, skipped
+        name, classes, wnids, digest, mean, std, size, augment, rest, tested, held, views.slots, notes, skipped
     )  # fmt: skip
 
 
