@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdcli import bank, device as devices, distill, fill, methods
+from kdcli import banks, device as devices, distill, fill, methods
 from kdcli.classroom import Classroom
 from kdcli.data import Split
 from kdcli.evaluate import score
@@ -100,9 +100,9 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
 def _bank_words(recipe: Recipe, classroom: Classroom, device: torch.device) -> str:
     """What the recipe's banks take on the disk, and how many are there."""
     precision, _ = devices.precision(recipe.classroom.precision, device, frozen=True)
-    wanted = {bank.id_of(one): one for one in fill.needed(classroom, recipe, precision).values()}
-    there = sum((bank.folder() / name).is_dir() for name in wanted)
-    size = bank.amount(sum(map(bank.bytes_of, wanted.values())))
+    wanted = {banks.id_of(one): one for one in fill.needed(classroom, recipe, precision).values()}
+    there = sum((banks.folder() / name).is_dir() for name in wanted)
+    size = banks.amount(sum(map(banks.bytes_of, wanted.values())))
     return f"banks: {len(wanted)} of {size} together, {there} there; not counted in the time below"
 
 

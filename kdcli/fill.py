@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcli import bank as banks, device as devices, engine
-from kdcli.bank import WITHOUT, Bank
+from kdcli import banks, device as devices, engine
+from kdcli.bank import Bank
+from kdcli.banks import WITHOUT
 from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet
 from kdcli.errors import DataError, InterruptedRun, RecipeError
@@ -93,11 +94,13 @@ def open_banks(classroom: Classroom, recipe: Recipe, precision: str) -> list[Ban
     """
     wanted = needed(classroom, recipe, precision)
     samples = covered(classroom.data)
+    new = {banks.id_of(one): one for one in wanted.values() if not (banks.folder() / banks.id_of(one)).is_dir()}
+    banks.check_room([*new.values()])
     opened: dict[str, Bank] = {}
     for name, one in wanted.items():
         path = banks.folder() / banks.id_of(one)
         if path.name not in opened:
-            if not path.is_dir():
+            if path.name in new:
                 banks.make(one, mentor=name, dataset=classroom.data.name)
             opened[path.name] = Bank(path, samples)
             os.utime(path / "bank.json")  # when it was last used

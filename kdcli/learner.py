@@ -262,7 +262,7 @@ def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -
             f"classroom.bank: method {name} reads its mentors' intermediate maps, and a bank answers logits",
             hint="--set classroom.bank=false",
         )
-    if recipe.classroom.bank and "pooled" in method.needs and not recipe.classroom.bank_pooled:
+    if recipe.classroom.bank and method.teachers and "pooled" in method.needs and not recipe.classroom.bank_pooled:
         raise RecipeError(
             f"classroom.bank: method {name} reads its mentors' pooled features, which this bank leaves out",
             hint="--set classroom.bank_pooled=true, or --set classroom.bank=false.",

@@ -31,7 +31,7 @@ def build(
 
     Stopped, it goes on where it was. A run with --bank fills them as well, with what it meets.
     """
-    from kdcli import bank as banks, device as devices, distill as room, fill
+    from kdcli import banks, device as devices, distill as room, fill
     from kdcli.cli import show
     from kdcli.errors import RecipeError
 
@@ -64,7 +64,7 @@ def build(
 @app.command("ls", epilog="Examples:\n\nkdcli bank ls\n\nkdcli bank ls --json")
 def ls(json: o.Json = False) -> None:
     """List the banks, by whom they were filled and how far."""
-    from kdcli import bank as banks
+    from kdcli import banks
     from kdcli.cli import show
 
     found = [banks.describe(path) for path in banks.every()]
@@ -85,7 +85,8 @@ def verify(
     json: o.Json = False,
 ) -> None:
     """Check every stored answer against its checksum."""
-    from kdcli import bank as banks
+    from kdcli import banks
+    from kdcli.bank import Bank
     from kdcli.cli import show
     from kdcli.errors import DataError
 
@@ -93,7 +94,7 @@ def verify(
     for path in [banks.find(bank)] if bank else banks.every():
         row = {"id": path.name, "answers": 0, "damaged": 0, "state": "ok"}
         try:
-            for _, row["answers"], row["damaged"] in banks.verify(path):
+            for _, row["answers"], row["damaged"] in Bank(path).verify():
                 pass
         except DataError as error:
             row["state"] = error.message
@@ -121,7 +122,7 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a bank; the next run that needs it makes it anew."""
-    from kdcli import bank as banks
+    from kdcli import banks
     from kdcli.cli import show
     from kdcli.errors import RecipeError
 
@@ -139,7 +140,7 @@ def rm(
 
 
 def _table(found) -> None:
-    from kdcli.bank import amount
+    from kdcli.banks import amount
     from kdcli.cli import show
 
     rows = [
