@@ -42,7 +42,7 @@ def without_banks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     return move
 
 
-def banked(method: str = "classroom", **over: Any) -> Recipe:
+def banked(method: str = "classroom", /, **over: Any) -> Recipe:
     return kit.recipe(method, **BANKED, **over)
 
 
@@ -57,7 +57,7 @@ def silence(mentors: Mentors) -> None:
         raise AssertionError("a mentor was asked")
 
     for member in mentors.members:
-        member.forward = fails
+        member.forward = fails  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def of_mentor(name: str) -> Path:
@@ -278,7 +278,7 @@ def test_a_truncated_bank_stops_a_run_before_it_begins(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000))  # enough for one of the two
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))  # enough for one of the two
         with pytest.raises(DataError, match="no room for 2 new banks") as caught:
             kit.session(banked(), tmp_path / "run")
     assert caught.value.exit_code == 3
