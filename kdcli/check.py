@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdcli import distill, methods
+from kdcli import banks, device as devices, distill, fill, methods
 from kdcli.classroom import Classroom
 from kdcli.data import Split
 from kdcli.evaluate import score
@@ -70,6 +70,8 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
             f"student {seats[0].params / 1e6:.2f} M (as ClassroomKD Table 7)"
         )
         found.words.append(f"mentors scored on {len(test)} of {len(data.test)} test images")
+    if recipe.classroom.bank and classroom.mentors:
+        found.words.append(_bank_words(recipe, classroom, device))
     found.words.append(f"{len(data.train)} training images, {len(data.test)} test images, {len(data.classes)} classes")
     found.words.append(f"one step {1000 * update:.0f} ms here ({step}), {batches} steps an epoch")
     found.seconds = update * batches * recipe.train.epochs
@@ -80,7 +82,8 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
     """Real steps of the real recipe in a folder that vanishes: what was run, seconds a step, steps an epoch."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "dry")
-        session = distill.open_session({recipe.method.name: recipe}, classroom, run, {recipe.method.name: run})
+        live = recipe.with_(**{"classroom.bank": False})  # nothing is to be left behind
+        session = distill.open_session({recipe.method.name: live}, classroom, run, {recipe.method.name: run})
         learner = session.learners[0]
         learner.begin_epoch(0, lambda _: iter(()))
         times = []
@@ -92,6 +95,15 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
             if number == 2:
                 break
         return f"the fastest of {len(times)} dry steps", min(times), len(session.stream)
+
+
+def _bank_words(recipe: Recipe, classroom: Classroom, device: torch.device) -> str:
+    """What the recipe's banks take on the disk, and how many are there."""
+    precision, _ = devices.precision(recipe.classroom.precision, device, frozen=True)
+    wanted = {banks.id_of(one): one for one in fill.needed(classroom, recipe, precision).values()}
+    there = sum((banks.folder() / name).is_dir() for name in wanted)
+    size = banks.amount(sum(map(banks.bytes_of, wanted.values())))
+    return f"banks: {len(wanted)} of {size} together, {there} there; not counted in the time below"
 
 
 def _some(test: Split, images: int) -> Split:

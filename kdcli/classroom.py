@@ -1,6 +1,8 @@
 """The classroom: a student and frozen mentors, each normalising and resizing for itself."""
 
+import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ class Member(nn.Module):
 
     mean_: Tensor
     std_: Tensor
+    class_index: Tensor | None
 
     def __init__(
         self,
@@ -49,6 +52,8 @@ class Member(nn.Module):
         self.register_buffer("mean_", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std_", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("class_index", class_index, persistent=False)
+        self._pooled: dict[int, Tensor | None] = {}  # thread -> its pooled vectors: threads may share one mentor
+        self._head: list[nn.Module] = []  # a list, for a module would be listed among the parameters twice
 
     def read(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 S S"]:
         """Pixels in [0, 1] resized to this network's input size and normalised with its mean and std."""
@@ -60,6 +65,44 @@ class Member(nn.Module):
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
         out = self.net(self.read(pixels).to(next(self.net.parameters()).dtype))
         return out if self.class_index is None else out.index_select(-1, self.class_index)
+
+    def look(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B D"]]:
+        """Logits, and the penultimate vectors: what the last linear layer is given, maps and tokens averaged.
+
+        Raises WeightsError for a network that does not end in such a layer.
+        """
+        thread = threading.get_ident()
+        self.watch()
+        self._pooled[thread] = None
+        try:
+            out = self(pixels)
+        finally:
+            pooled = self._pooled.pop(thread)
+        assert pooled is not None
+        if pooled.ndim > 2:
+            pooled = pooled.mean((2, 3)) if isinstance(self._head[0], nn.Conv2d) else pooled.flatten(1, -2).mean(1)
+        return out, pooled
+
+    def watch(self) -> int:
+        """Make ready for `look`, which several threads may then call at once; the length D of its vectors."""
+        if not self._head:
+            self._head.append(last_linear(self.net, self.architecture.full))
+            self._head[0].register_forward_pre_hook(self._keep)
+        return int(getattr(self._head[0], "in_features", 0) or self._head[0].in_channels)  # pyright: ignore
+
+    def _keep(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        if (thread := threading.get_ident()) in self._pooled:
+            self._pooled[thread] = given[0]
+
+    def with_net(self, net: nn.Module) -> "Member":
+        """Another network that reads and answers as this one does."""
+        twin = Member(
+            net, self.architecture, mean=self.mean, std=self.std, input_size=self.input_size,
+            interpolation=self.interpolation, num_classes=self.num_classes, class_index=self.class_index,
+            origin=self.origin, digest=self.digest,
+        )  # fmt: skip
+        twin.name = self.name
+        return twin.to(self.mean_.device).requires_grad_(False).eval()
 
     def count(self) -> tuple[int, int]:
         """Parameters, and multiply-adds of one image at this network's own input size."""
@@ -77,6 +120,8 @@ class Classroom:
     student_name: ModelName
     notes: list[tuple[str, object, str]] = field(default_factory=list)
     """(what, value, why) of everything that was chosen for the user."""
+    banks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What provenance says of each mentor's bank, by the mentor's name."""
 
     def student(self, seed: int) -> Member:
         """A student with the initial weights that `seed` names, or the weights its name gives (`@...`)."""
@@ -144,6 +189,22 @@ def from_card(card: Card, state: dict[str, Tensor]) -> Member:
         origin=card.origin,
         digest=card.sha256,
     ).eval()
+
+
+def last_linear(net: nn.Module, name: str) -> nn.Module:
+    """The layer a network ends in: what it calls its classifier, else its last nn.Linear or nn.Conv2d.
+
+    Raises WeightsError when there is none, or several classifiers side by side.
+    """
+    named = net.get_classifier() if hasattr(net, "get_classifier") else None  # pyright: ignore[reportCallIssue]
+    inside = named if isinstance(named, nn.Module) else net
+    layers = [layer for layer in inside.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not layers or isinstance(named, tuple | list):
+        raise WeightsError(
+            f"{name} does not end in one linear layer, so it has no penultimate vectors",
+            hint="Choose another mentor, or leave out what asks for pooled features (classroom.bank_pooled).",
+        )
+    return layers[-1]
 
 
 def _mentor(spec: str, config: ClassroomConfig, data: DataSet, notes: list[tuple[str, object, str]]) -> Member:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from kdcli import board, device as devices, engine, methods, run as runs, weights, zoo
+from kdcli import board, device as devices, engine, fill, methods, run as runs, weights, zoo
 from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
 from kdcli.data.base import Pixels
-from kdcli.engine import Event, Session
+from kdcli.engine import Event, Notice, Session
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.learner import Learner, keep as keep_student
 from kdcli.mentors import Mentors, worth_compiling
@@ -73,14 +73,13 @@ def open_session(
     classroom.notes.append(("train.precision", learners[0].precision, learners[0].precision_why))
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
-    wanted = any(learner.method.teachers for learner in learners)
-    mentors = Mentors(
-        classroom.mentors if wanted else [],
-        precision,
-        device,
-        ahead=recipe.classroom.ahead or 0,
-        cuda_graph=config.cuda_graph,
-    )
+    if any(learner.method.teachers for learner in learners):
+        pooled = any("pooled" in learner.method.needs for learner in learners)
+        mentors = fill.open_mentors(
+            classroom, recipe, pooled=pooled, ahead=recipe.classroom.ahead or 0, cuda_graph=config.cuda_graph
+        )
+    else:
+        mentors = Mentors([], precision, device)
     compiled = _to_compile(recipe, mentors, max(one.epochs for one in learners) * len(stream) * config.batch_size)
     if compiled and recipe.classroom.compile is None:
         classroom.notes.append(("classroom.compile", ", ".join(compiled), "they answer so much that it pays"))
@@ -89,9 +88,11 @@ def open_session(
 
 def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
     """Which mentors are compiled when the training begins."""
-    if recipe.classroom.compile is None:
-        return worth_compiling(mentors.members, images)
-    return [member.name for member in mentors.members] if recipe.classroom.compile else []
+    if recipe.classroom.compile is not None:
+        return [member.name for member in mentors.members] if recipe.classroom.compile else []
+    if mentors.banks or mentors.pooled:  # what a bank keeps must have the same last bits whoever filled it
+        return []
+    return worth_compiling(mentors.members, images)
 
 
 def _options(recipe: Recipe) -> str:
@@ -127,6 +128,7 @@ def facts_of(classroom: Classroom) -> dict[str, Any]:
             "test": len(data.test),
         },
         "mentors": {m.name: {"architecture": m.architecture.full, "sha256": m.digest} for m in classroom.mentors},
+        "banks": classroom.banks,
         "chosen": [[key, str(value), why] for key, value, why in classroom.notes],
     }
 
@@ -157,6 +159,7 @@ def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     session.run.forget_previous()
     for learner in session.learners:
         finish(session, learner)
+    yield from map(Notice, session.mentors.words())
 
 
 def finish(session: Session, learner: Learner) -> None:

@@ -81,8 +81,9 @@ class Session:
         Returns what should be said.
         """
         if not self.mentors.ahead:
+            asked = self.mentors.members and not self.mentors.banks
             long = (self.epochs - epoch) * len(self.stream) >= LONG
-            first = list(itertools.islice(self.stream.epoch(epoch), FARTHEST)) if long and self.mentors.members else []
+            first = list(itertools.islice(self.stream.epoch(epoch), FARTHEST)) if long and asked else []
             self.mentors.ahead = self.mentors.measure_ahead(first) if first else 1
         failed = self.mentors.compile(self.config.batch_size, self.compiled)
         self.compiled = [name for name in self.compiled if name not in failed]
@@ -158,6 +159,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
 
     def save() -> None:
         nonlocal saved, since
+        session.mentors.flush()
         session.checkpoint(epoch, done)
         saved, since = (epoch, done), time.monotonic()
 

@@ -16,38 +16,49 @@ from kdcli.device import dtype_of
 PROBES = 8  # images that a quick form is compared on; oneDNN computes fewer than five in another order
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3}  # of the largest logit: far above rounding, far below a wrong net
 
+Answer = tuple[Tensor, Tensor | None]
+"""Logits [B, K] and pooled vectors [B, D] (None unless asked for), float32."""
+
 
 class Frozen:
     """A copy of a mentor's network that answers faster; the mentor itself is left alone but for being frozen.
+
+    Called with pixels in [0, 1] it gives logits in float32, and, `pooled`, penultimate vectors.
 
     Batch norms are folded into the convolutions before them wherever torch.fx can follow the network, weights lie with
     channels last, in `precision`. Answers agree with the mentor's own up to rounding, which is checked here.
     """
 
-    def __init__(self, member: Member, precision: str, device: torch.device) -> None:
+    def __init__(self, member: Member, precision: str, device: torch.device, *, pooled: bool = False) -> None:
         self.member = member.requires_grad_(False).eval()
         self.precision, self.device, self.dtype = precision, device, dtype_of(precision)
         self.folded = False
         net = copy.deepcopy(member.net)
-        quick = _folded(net)
-        if quick is not None and self._agrees(quick, net, "fp32"):
+        quick = None if pooled else _folded(net)  # folded, it need not have the layer that pooled vectors come to
+        if quick is not None and self._agrees(quick, net):
             net, self.folded = quick, True
         self.net = net.to(dtype=self.dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.twin = member.with_net(self.net) if pooled else None
         self.compiled: nn.Module | None = None
         self.shape: torch.Size | None = None
 
     @torch.inference_mode()
-    def __call__(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+    def __call__(self, pixels: Float[Tensor, "B 3 H W"]) -> Answer:
+        if self.twin is not None:
+            out, vectors = self.twin.look(pixels)
+            return out.float(), vectors.float()
         x = self.member.read(pixels).to(self.dtype, memory_format=torch.channels_last)
         net = self.compiled if self.compiled is not None and x.shape == self.shape else self.net
         out = net(x).float()
-        return out if self.member.class_index is None else out.index_select(-1, self.member.class_index)
+        return out if self.member.class_index is None else out.index_select(-1, self.member.class_index), None
 
     def compile(self, batch_size: int) -> str:
         """Compile for batches of this size alone; other sizes go the old way. Returns why not, or nothing.
 
         Called in the thread that is to answer, since the code is made for its number of cores.
         """
+        if self.twin is not None:
+            return "pooled vectors are read inside it"
         size = self.member.input_size
         probe = _probe((batch_size, 3, size, size), self.device).to(self.dtype, memory_format=torch.channels_last)
         try:
@@ -63,11 +74,11 @@ class Frozen:
         return ""
 
     @torch.inference_mode()
-    def _agrees(self, quick: nn.Module, net: nn.Module, precision: str) -> bool:
+    def _agrees(self, quick: nn.Module, net: nn.Module) -> bool:
         size = self.member.input_size
         probe = _probe((PROBES, 3, size, size), self.device)
         try:
-            return _near(quick(probe), net(probe), TOLERANCE[precision])
+            return _near(quick(probe), net(probe), TOLERANCE["fp32"])
         except Exception:  # followed at the wrong shape
             return False
 

@@ -116,7 +116,7 @@ class Learner:
         self.step_number, self.at = step, epoch + number / self.steps_per_epoch
         update = self.update if self.accumulate == 1 else self._update  # what was recorded has no parts
         names = (batch.pixels, batch.target, batch.index, batch.view)
-        update(*names, *(() if taught is None else (taught.out,)))
+        update(*names, *(() if taught is None else (taught.out, *(taught.pooled or ()))))
         if self.ema is not None:
             self.ema.update(self.method.graduate(), step=step)
         self.tally.images += len(batch)
@@ -124,9 +124,11 @@ class Learner:
         self.updating = False
 
     def _update(self, *given: Tensor) -> None:
-        """The arithmetic of a step, from tensors (a batch's four and the mentors' answers) to tensors: forward, loss,
-        backward, optimiser."""
-        batch, taught = Batch(*given[:4]), View(given[4]) if len(given) > 4 else None
+        """The arithmetic of a step, from tensors (a batch's four, the mentors' logits and pooled vectors) to tensors:
+        forward, loss, backward, optimiser."""
+        pixels, target, index, view, *answers = given
+        batch = Batch(pixels, target, index, view)
+        taught = View(answers[0], tuple(answers[1:]) or None) if answers else None
         size = -(-len(batch) // self.accumulate)
         self.optimizer.zero_grad(set_to_none=True)
         lesson = None
@@ -313,6 +315,16 @@ def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -
             f"method {name} marks answers by one true class, which mixup and cutmix take away",
             hint="--set train.mixup=0 --set train.cutmix=0, or a method without marks (kd, aver).",
         )
+    if recipe.classroom.bank and method.teachers and "maps" in method.needs:
+        raise RecipeError(
+            f"classroom.bank: method {name} reads its mentors' intermediate maps, and a bank answers logits",
+            hint="--set classroom.bank=false",
+        )
+    if recipe.classroom.bank and method.teachers and "pooled" in method.needs and not recipe.classroom.bank_pooled:
+        raise RecipeError(
+            f"classroom.bank: method {name} reads its mentors' pooled features, which this bank leaves out",
+            hint="--set classroom.bank_pooled=true, or --set classroom.bank=false.",
+        )
     if "full_batches" in method.needs and recipe.train.accumulate > 1:
         raise RecipeError(
             f"train.accumulate = {recipe.train.accumulate}: method {name} ranks whole batches, and micro-batches would "
@@ -359,7 +371,7 @@ def take(batch: Batch, taught: View | None, rows: slice) -> tuple[Batch, View | 
     if rows.start == 0 and rows.stop >= len(batch.index):
         return batch, taught
     part = Batch(batch.pixels[rows], batch.target[rows], batch.index[rows], batch.view[rows])
-    return part, None if taught is None else View(taught.out[:, rows])
+    return part, None if taught is None else taught.of_mentors(rows)
 
 
 def _seed(seed: int, device: torch.device) -> None:

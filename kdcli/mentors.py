@@ -2,8 +2,10 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -12,9 +14,14 @@ from torch import Tensor
 from kdcli.capture import Captured
 from kdcli.classroom import Member
 from kdcli.data import Batch
-from kdcli.frozen import Frozen
+from kdcli.data.base import moved
+from kdcli.frozen import Answer, Frozen
 from kdcli.methods.base import View
 
+if TYPE_CHECKING:
+    from kdcli.bank import Bank
+
+ALIKE = 16  # images a CPU's worker is given at once where answers are kept: another number gives other last bits
 COMPILE_PAYS = 5e12  # multiply-adds still to be done: some 200 s of eager work on a core, of which a third is saved
 FARTHEST = 16  # batches answered at once, at most
 WORTH = 0.95  # of the time of one batch after another: less is noise
@@ -27,8 +34,11 @@ class Mentors:
     (default: as many as torch uses), each on one core: frozen networks in eval mode answer image by image, and threads
     that need not wait for each other within a layer are faster. Answers come back in float32.
 
-    ahead: batches answered at once in `taught`; 0 until that is decided. cuda_graph: record the pass of all mentors as
-        one CUDA graph.
+    With `banks`, one for each member, answers are read from there, and networks asked only for what is not there yet;
+    what is handed out went through the bank's rounding in any case. `pooled` adds penultimate vectors.
+
+    ahead: batches answered at once in `taught` where there are no banks; 0 until that is decided.
+    cuda_graph: record the pass of all mentors as one CUDA graph (logits alone, without banks).
     """
 
     def __init__(
@@ -38,35 +48,42 @@ class Mentors:
         device: torch.device,
         *,
         workers: int | None = None,
+        banks: "Sequence[Bank]" = (),
+        pooled: bool = False,
         ahead: int = 1,
         cuda_graph: bool = False,
     ) -> None:
-        self.members, self.precision, self.device, self.ahead = members, precision, device, ahead
-        self.frozen = [Frozen(member, precision, device) for member in members]
+        self.members, self.precision, self.device = members, precision, device
+        self.banks, self.pooled, self.ahead = banks, pooled, ahead
+        self.frozen = [Frozen(member, precision, device, pooled=pooled) for member in members]
         if workers is None:
             workers = torch.get_num_threads() if device.type == "cpu" else 1
         self.workers = workers if members else 1
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        self._pass = Captured(self._look) if cuda_graph and members else self._look
+        self._recorded = Captured(self._stack) if cuda_graph and members and not banks and not pooled else None
 
     def answer(self, batch: Batch) -> View | None:
         """Logits [M, B, K] in float32, the teacher first; None in a classroom without mentors."""
-        return View(self._answer(batch.pixels)) if self.members else None
+        if not self.members:
+            return None
+        return self._view(self._banked(batch)) if self.banks else self._live(batch.pixels)
 
     def taught(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, View | None]]:
         """Each batch with its answer, `ahead` batches answered at once."""
         remaining = iter(batches)
-        while some := list(itertools.islice(remaining, self.ahead or 1)):
-            if len(some) == 1:
-                yield some[0], self.answer(some[0])
+        while some := list(itertools.islice(remaining, 1 if self.banks else self.ahead or 1)):
+            if len(some) == 1 or not self.members:
+                yield from ((batch, self.answer(batch)) for batch in some)
                 continue
-            out = self._answer(torch.cat([batch.pixels for batch in some]))
-            for batch, part in zip(some, out.split([len(batch) for batch in some], dim=1), strict=True):
-                yield batch, View(part)
+            view = self._live(torch.cat([batch.pixels for batch in some]))
+            start = 0
+            for batch in some:
+                yield batch, view.of_mentors(slice(start, start + len(batch)))
+                start += len(batch)
 
     def compile(self, batch_size: int, names: list[str]) -> dict[str, str]:
         """Compile these mentors for batches of that size; those that could not be, with the reason."""
-        size = -(-batch_size * self.ahead // self.workers)
+        size = ALIKE if self.banks else -(-batch_size * self.ahead // self.workers)
         chosen = [one for one in self.frozen if one.member.name in names]
         told = self.pool.map(lambda one: one.compile(size), chosen) if self.workers > 1 else None
         told = list(told) if told is not None else [one.compile(size) for one in chosen]
@@ -87,22 +104,81 @@ class Mentors:
         pixels, times = torch.cat([batch.pixels for batch in batches]), []
         for _ in range(3):
             began = time.perf_counter()
-            self._answer(pixels)
+            self._live(pixels)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - began)
         return min(times[1:]) / len(batches)
 
-    def _answer(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "M B K"]:
-        if self.workers == 1:
-            parts = [self._pass(pixels)]
-        else:
-            parts = list(self.pool.map(self._pass, pixels.chunk(self.workers)))
-        return torch.cat(parts, dim=1)  # joined outside inference mode: a loss must be able to save it
+    def _live(self, pixels: Float[Tensor, "B 3 H W"]) -> View:
+        if self._recorded is not None:
+            return View(self._recorded(pixels).clone())  # the next batch is answered in the same place
+        return self._view(self.ask(pixels, range(len(self.members)), -(-len(pixels) // self.workers)))
+
+    def _view(self, answers: list[Answer]) -> View:
+        out = torch.stack([out for out, _ in answers])  # joined outside inference mode: a loss must be able to save it
+        return View(out, tuple(more for _, more in answers if more is not None) if self.pooled else None)
+
+    def ask(self, pixels: Float[Tensor, "B 3 H W"], who: Sequence[int], size: int) -> list[Answer]:
+        """What some members answer live, in batches of at most `size`."""
+        run = map if self.workers == 1 else self.pool.map
+        parts = list(run(partial(self._look, who), pixels.split(size)))
+        joined = []
+        for each in zip(*parts, strict=True):
+            out, pooled = zip(*each, strict=True)
+            joined.append((torch.cat(out), torch.cat(pooled) if self.pooled else None))
+        return joined
+
+    def ask_alike(self, pixels: Float[Tensor, "B 3 H W"], who: Sequence[int]) -> list[Answer]:
+        """As `ask`, with batches all of one size, filled up where need be: so an image's answer has the same bits
+        whatever it is asked together with (on a CPU; CUDA's libraries promise no such thing)."""
+        size = ALIKE if self.device.type == "cpu" else len(pixels)
+        short = -len(pixels) % size
+        filled = torch.cat([pixels, pixels[:1].expand(short, -1, -1, -1)]) if short else pixels
+        return [
+            (out[: len(pixels)], pooled if pooled is None else pooled[: len(pixels)])
+            for out, pooled in self.ask(filled, who, size)
+        ]
+
+    def _look(self, who: Sequence[int], pixels: Float[Tensor, "B 3 H W"]) -> list[Answer]:
+        return [self.frozen[n](pixels) for n in who]
 
     @torch.inference_mode()
-    def _look(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "M B K"]:
-        return torch.stack([one(pixels) for one in self.frozen])
+    def _stack(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "M B K"]:
+        return torch.stack([one(pixels)[0] for one in self.frozen])
+
+    def _banked(self, batch: Batch) -> list[Answer]:
+        """Read what the banks have, ask for the rest and put it there; the device is not waited for."""
+        rows = self.banks[0].rows_of(*batch.names())  # one training set: its rows are the same in every bank
+        there = moved(rows.clamp(min=0), self.device)
+        found = [bank.read(rows, there) for bank in self.banks]
+        lacking: dict[bytes, list[int]] = {}  # mostly all lack the same, and are asked together
+        for n, (_, known) in enumerate(found):
+            if not bool(known.all()):
+                lacking.setdefault(known.numpy().tobytes(), []).append(n)
+        for who in lacking.values():
+            at = (~found[who[0]][1]).nonzero()[:, 0]
+            here = moved(at, self.device)
+            pixels, target = batch.pixels.index_select(0, here), batch.target.index_select(0, here)
+            for n, (out, pooled) in zip(who, self.ask_alike(pixels, who), strict=True):
+                records = self.banks[n].record.pack(out, pooled, target)
+                self.banks[n].put(rows[at], records)
+                found[n][0].index_copy_(0, here, records)
+        return [bank.record.unpack(some, batch.target) for bank, (some, _) in zip(self.banks, found, strict=True)]
+
+    def flush(self) -> None:
+        """Write what the banks still keep on the device."""
+        for bank in self.banks:
+            bank.flush()
+
+    def words(self) -> list[str]:
+        """What is to be told of the banks at the end."""
+        return [
+            f"{bank.damaged} damaged answer{'s' * (bank.damaged > 1)} of bank {bank.id} ({bank.facts['mentor']}) "
+            f"{'were' if bank.damaged > 1 else 'was'} made anew"
+            for bank in dict.fromkeys(self.banks)
+            if bank.damaged
+        ]
 
 
 def worth_compiling(members: list[Member], images: int) -> list[str]:

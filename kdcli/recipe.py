@@ -28,6 +28,7 @@ class DataConfig(Section):
     root: str | None = None  # where downloads and bare names are looked for; default KDCLI_DATA, then KDCLI_HOME/data
     image_size: int | None = Field(default=None, ge=8, le=1024)  # pixels, square; default the data set's own
     augment: str = "auto"  # a preset's name; auto: the data set's own
+    views: int | None = Field(default=None, ge=1)  # keep to this many views of an image, so that a bank can hold them
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the training set kept for choosing an epoch
     per_class: int | None = Field(default=None, ge=1)  # use only this many training images of every class
     seed: int = Field(default=0, ge=0)  # order and views
@@ -47,6 +48,9 @@ class ClassroomConfig(Section):
     precision: Precision = "auto"  # of the mentors
     compile: bool | None = None  # torch.compile the mentors; left out: those who answer so much that it pays
     ahead: int | None = Field(default=None, ge=1)  # batches they answer at once; left out: what a measurement says
+    bank: bool = False  # keep the mentors' answers on disk, rounded to float16, and read them from there
+    bank_top: int | None = Field(default=None, ge=1)  # of a banked answer keep this many classes; default all
+    bank_pooled: bool = False  # bank the mentors' penultimate vectors too
 
 
 class MethodConfig(BaseModel):

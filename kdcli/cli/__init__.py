@@ -17,7 +17,7 @@ UsageError = typer.BadParameter.__bases__[0]
 
 COMMANDS = (
     "quickstart", "distill", "compare", "train", "evaluate", "export", "bench", "check",
-    "models", "recipes", "runs", "zoo", "data", "doctor",
+    "models", "recipes", "runs", "zoo", "data", "bank", "doctor",
 )  # fmt: skip
 
 

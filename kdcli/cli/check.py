@@ -29,7 +29,6 @@ def check(
     json: o.Json = False,
 ) -> None:
     """Resolve a recipe without training: names, sizes, weights, each mentor's score, a dry step, the cost."""
-    import shlex
     from dataclasses import asdict
 
     from kdcli import check as room, device as devices
@@ -56,8 +55,8 @@ def check(
     show.line("", f"{config.train.epochs} epochs: about {show.duration(found.seconds)}")
     for line in found.warnings:
         show.line("warning:", line, style="yellow")
-    given = {"recipe": recipe, "teacher": teacher, "peers": peers, "student": student, "data": data, "method": method}
-    given |= {"epochs": epochs, "seed": seed, "data-root": data_root, "device": device}
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
-    words += [f"--set {shlex.quote(pair)}" for pair in sets or []] + ["--skip-corrupt"] * skip_corrupt
-    show.next_line(" ".join(["kdcli distill", *words]))
+    again = o.typed(
+        "kdcli distill", sets, skip_corrupt, recipe=recipe, teacher=teacher, peers=peers, student=student, data=data,
+        method=method, epochs=epochs, seed=seed, data_root=data_root, device=device,
+    )  # fmt: skip
+    show.next_line(again)

@@ -32,6 +32,7 @@ def compare(
     sets: o.Set = None,
     data_root: o.Root = None,
     skip_corrupt: o.SkipCorrupt = False,
+    bank: o.Bank = False,
     device: o.Device = None,
     out: o.Out = None,
     resume: o.Resume = None,
@@ -44,7 +45,7 @@ def compare(
     o.no_flags_with_resume(
         resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
         set=sets, out=out, independent=independent, methods=methods, seeds=seeds, run=run, data_root=data_root,
-        skip_corrupt=skip_corrupt,
+        skip_corrupt=skip_corrupt, bank=bank,
     )  # fmt: skip
     from kdcli import device as devices
     from kdcli.cli import show
@@ -61,7 +62,7 @@ def compare(
         base, why = (recipe, "as asked") if recipe or (data and not run) else _base(run)
         config, notes = o.assemble(
             base, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
-            epochs=epochs, skip_corrupt=skip_corrupt, sets=sets,
+            epochs=epochs, skip_corrupt=skip_corrupt, bank=bank, sets=sets,
         )  # fmt: skip
         names = [name.strip() for name in ("aver,classroom" if methods is None else methods).split(",") if name.strip()]
         if not names:

@@ -20,6 +20,7 @@ def distill(
     sets: o.Set = None,
     data_root: o.Root = None,
     skip_corrupt: o.SkipCorrupt = False,
+    bank: o.Bank = False,
     device: o.Device = None,
     out: o.Out = None,
     resume: o.Resume = None,
@@ -28,7 +29,7 @@ def distill(
     """Train one student with one method; the newest run is then what export, evaluate and bench take."""
     o.no_flags_with_resume(
         resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
-        seed=seed, set=sets, out=out, data_root=data_root, skip_corrupt=skip_corrupt,
+        seed=seed, set=sets, out=out, data_root=data_root, skip_corrupt=skip_corrupt, bank=bank,
     )  # fmt: skip
     from kdcli import device as devices, distill as room, run as runs
     from kdcli.cli import show
@@ -40,7 +41,7 @@ def distill(
     else:
         config, notes = o.assemble(
             recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
-            epochs=epochs, seed=seed, skip_corrupt=skip_corrupt, sets=sets,
+            epochs=epochs, seed=seed, skip_corrupt=skip_corrupt, bank=bank, sets=sets,
         )  # fmt: skip
         run = room.run_folder(out, config, config.method.name)
     outcome = train_one(config, run, picked, "distill", notes=notes, resume=bool(resume), quiet=json)

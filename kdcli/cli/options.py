@@ -1,5 +1,6 @@
 """The flags that mean the same in every command, and how they become a recipe."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ Set = Annotated[
 From = Annotated[str | None, typer.Option("--recipe", help="A recipe file or a built-in name.", metavar="RECIPE")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 Resume = Annotated[str | None, typer.Option(help="Continue this run where it stopped.", metavar="RUN")]
+Bank = Annotated[bool, typer.Option("--bank", help="Keep the mentors' answers on disk and read them from there.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")]
 RunName = Annotated[str | None, typer.Argument(help="A run's folder or name; default: the newest.", metavar="RUN")]
 
@@ -49,6 +51,7 @@ def assemble(
     epochs: int | None = None,
     seed: int | None = None,
     skip_corrupt: bool = False,
+    bank: bool = False,
     sets: list[str] | None = None,
 ) -> tuple[Recipe, list[tuple[str, object, str]]]:
     """The recipe that flags add up to: defaults for the data, then the recipe, then flags, then --set.
@@ -62,6 +65,7 @@ def assemble(
         "data.name": data,
         "data.root": str(Path(root).expanduser()) if root else None,
         "data.skip_corrupt": True if skip_corrupt else None,
+        "classroom.bank": True if bank else None,
         "classroom.student": student,
         "classroom.teacher": teacher,
         "classroom.peers": [name.strip() for name in peers.split(",") if name.strip()] if peers is not None else None,
@@ -111,6 +115,15 @@ def seeds(text: str) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise RecipeError(f"--seeds {text}: a seed is named twice", hint="Each seed once.")
     return list(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
+
+
+def typed(command: str, sets: list[str] | None, skip_corrupt: bool, **given: object) -> str:
+    """A command with the flags that were given, to be typed again."""
+    words = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None
+    ]
+    words += [f"--set {shlex.quote(pair)}" for pair in sets or []] + ["--skip-corrupt"] * skip_corrupt
+    return " ".join([command, *words])
 
 
 def no_flags_with_resume(resume: str | None, **flags: object) -> None:

@@ -22,19 +22,25 @@ class Batch:
 
     pixels [B,3,S,S] float32 in [0,1] (float data: as stored), not normalised; target [B] int64, or [B,K] float after
     mixup; index [B] int64 each sample's number in its full set; view [B] int64 the name of its augmented reading, -1
-    when plain.
+    when plain; host index and view on the CPU, where they are at hand, to be read without waiting for a device.
     """
 
     pixels: Tensor
     target: Tensor
     index: Tensor
     view: Tensor
+    host: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def to(self, device: Device) -> "Batch":
-        return Batch(*(moved(x, device) for x in (self.pixels, self.target, self.index, self.view)))
+        pixels, target, index, view = (moved(x, device) for x in (self.pixels, self.target, self.index, self.view))
+        return Batch(pixels, target, index, view, self.host)
+
+    def names(self) -> tuple[Tensor, Tensor]:
+        """Index and view on the CPU; waits for the device only where nobody kept them."""
+        return self.host or (self.index.cpu(), self.view.cpu())
 
 
 class Store(Protocol):
@@ -84,27 +90,38 @@ def as_float(pixels: Tensor) -> Tensor:
 
 
 class Split:
-    """One part of a data set: samples of a store, each with its class and its number in the full set."""
+    """One part of a data set: samples of a store, each with its class and its number in the full set.
 
-    def __init__(self, store: Store, targets: Int[Tensor, " N"], index: Int[Tensor, " N"] | None = None) -> None:
+    `full` is how many samples the full set has.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        targets: Int[Tensor, " N"],
+        index: Int[Tensor, " N"] | None = None,
+        full: int | None = None,
+    ) -> None:
         self.store = store
         self.targets = targets.to("cpu", torch.int64)
         self.index = torch.arange(len(targets)) if index is None else index
+        self.full = len(targets) if full is None else full
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def subset(self, rows: Int[Tensor, " n"]) -> "Split":
         """These rows of the split; the samples keep their numbers."""
-        return Split(self.store, self.targets[rows], self.index[rows])
+        return Split(self.store, self.targets[rows], self.index[rows], self.full)
 
     def plain(self, batch_size: int, device: Device = "cpu") -> Iterator[Batch]:
         """In order, unaugmented; the last batch may be short."""
         view = torch.full_like(self.index, PLAIN)
+        host = zip(self.index.split(batch_size), view.split(batch_size), strict=True)
         names = zip(*(x.to(device).split(batch_size) for x in (self.targets, self.index, view)), strict=True)
         pixels = self.store.batches(self.index, view, batch_size, device)
-        for x, (target, index, plain) in zip(pixels, names, strict=True):
-            yield Batch(x, target, index, plain)
+        for x, (target, index, plain), here in zip(pixels, names, host, strict=True):
+            yield Batch(x, target, index, plain, here)
 
     def take(self, n: int) -> Float[Tensor, "n 3 S S"]:
         """`n` plain images (all, when there are fewer) spread evenly over the split, on the CPU, for export checks."""
@@ -128,7 +145,7 @@ class DataSet:
     train: Split
     test: Split
     holdout: Split | None = None
-    views: int | None = None  # distinct views of an image when they can be counted
+    views: int | None = None  # distinct views of an image when they can be counted, or are limited
     notes: list[tuple[str, object, str]] = field(default_factory=list)  # (recipe key, value, why): chosen for the user
     skipped: list[str] = field(default_factory=list)  # corrupt files left out
     pixels: str = ""  # as `hash`, but a packed copy has its own: what answers to the pixels themselves are stored under

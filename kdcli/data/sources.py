@@ -94,7 +94,7 @@ def _open_arrays(config: DataConfig, kind: str, where: str, augment: str, device
         notes.append(("data.image_size", size, "the longer side of the file's images, at least 8"))
     elif config.image_size is None:
         notes.append(("data.image_size", size, f"default of {kind}"))
-    views = Views(augment, size)
+    views = Views(augment, size, config.views)
     if views.preset.auto and raw.images["train"].dtype != np.uint8:
         raise RecipeError(
             f"data.augment = {augment!r} needs 8-bit images; {name} holds floating-point ones",
@@ -114,7 +114,7 @@ def _open_arrays(config: DataConfig, kind: str, where: str, augment: str, device
         notes.append(("data.holdout", len(held), "the file's own val part is the held-out slice; all of train trains"))
     train, held = _divide(config, train, held, raw.classes)
     return DataSet(
-        name, raw.classes, None, raw.hash(), mean, std, size, augment, train, test, held, views.count, notes
+        name, raw.classes, None, raw.hash(), mean, std, size, augment, train, test, held, views.slots, notes
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def _open_files(
     size = config.image_size or 224
     if config.image_size is None:
         notes.append(("data.image_size", size, f"default of {kind}"))
-    views = Views(augment, size)
+    views = Views(augment, size, config.views)
     train, test, skipped = files.train, files.test, files.skipped
     if skipped:
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
@@ -257,7 +257,7 @@ def _open_files(
     rest, held = _divide(config, whole, None, classes)
     tested = Split(stores[1], torch.from_numpy(test.labels))
     return DataSet(
-        name, classes, wnids, files.hash, mean, std, size, augment, rest, tested, held, views.count, notes, skipped,
+        name, classes, wnids, files.hash, mean, std, size, augment, rest, tested, held, views.slots, notes, skipped,
         files.pixels,
     )  # fmt: skip
 

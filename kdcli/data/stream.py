@@ -71,12 +71,13 @@ class Stream:
             return
         index = train.index[rows]
         view = train.store.views.draw(self.seed, epoch, index)
+        host = zip(index.split(size), view.split(size), strict=True)
         names = zip(*(x.to(self.device).split(size) for x in (train.targets[rows], index, view)), strict=True)
         pixels = train.store.batches(index, view, size, self.device)
-        for n, (x, (target, index, view)) in enumerate(zip(pixels, names, strict=True), start):
+        for n, (x, (target, index, view), here) in enumerate(zip(pixels, names, host, strict=True), start):
             if self.mixing:
                 x, target = self._mix(x, target, number(self.seed, epoch, MIX, n))
-            yield Batch(x, target, index, view)
+            yield Batch(x, target, index, view, here)
 
     def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:
         """The pixels an epoch yielded under these names, to the bit (before mixing, which has no name)."""

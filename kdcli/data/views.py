@@ -110,21 +110,37 @@ class Views:
     """One preset at one image size: names views, and draws them.
 
     `count` is how many views an image has when they are few (crop and flip at 32 pixels: 9 x 9 x 2 = 162; the view is
-    then that number, (dy * 9 + dx) * 2 + flip), else None (the view is a hash everything else is drawn from).
+    then that number, (dy * 9 + dx) * 2 + flip), else None (the view is a hash everything else is drawn from). With
+    `limit` each image keeps to that many hashes of its own, the same ones for every seed. `slots` is how many views an
+    image has either way, None when they cannot be counted: `view % slots` tells an image's views apart.
+
+    Raises RecipeError for a `limit` that leaves out nothing.
     """
 
-    def __init__(self, augment: str, size: int) -> None:
+    def __init__(self, augment: str, size: int, limit: int | None = None) -> None:
         self.augment, self.size, self.preset = augment, size, preset(augment)
         self.pad = size // 8 if self.preset.crop else 0
         self.places = 2 * self.pad + 1
         finite = not (self.preset.resized or self.preset.auto or self.preset.cutout)
-        self.count = self.places**2 * (1 + self.preset.flip) if finite else None
+        every = self.places**2 * (1 + self.preset.flip) if finite else None
+        if limit is not None and every is not None and limit >= every:
+            raise RecipeError(
+                f"data.views = {limit}: {augment} at {size} pixels gives an image no more than {every}",
+                hint="Leave data.views out, or choose a smaller number.",
+            )
+        self.count, self.slots = (every, every) if limit is None else (None, limit)
         self._policy = v2.AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[GREY] * 3) if self.preset.auto else None
 
     def draw(self, seed: int, epoch: int, index: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
         """Each sample's view in this epoch, from (seed, epoch, sample index) alone."""
-        view = hashed(seed, epoch, index)
-        return view if self.count is None else view % self.count
+        drawn = hashed(seed, epoch, index)
+        return drawn if self.slots is None else self.named(index, drawn % self.slots)
+
+    def named(self, index: Int[Tensor, " N"], slot: Int[Tensor, "..."]) -> Int[Tensor, " N"]:
+        """Each sample's view in `slot`, one number for all or one each, in [0, slots): view % slots is the slot."""
+        if self.count is not None or self.slots is None:
+            return slot.expand_as(index)
+        return hashed(index, slot) % (MAX // self.slots) * self.slots + slot
 
     def apply(self, pixels: Tensor, view: Int[Tensor, " B"]) -> Tensor:
         """Views of plain images [B,3,S,S] (uint8, or float as stored), same type; a view of -1 is the image itself."""

@@ -25,12 +25,19 @@ class View:
     """One model's answer to one batch, or all mentors' answers stacked.
 
     out: logits [B, K]; stacked mentors [M, B, K], the teacher first.
-    pooled: penultimate vectors [B, D] and maps: intermediate maps by stage name, for methods that need them.
+    pooled: penultimate vectors [B, D], of mentors one tensor each, for their D differ; and maps: intermediate maps by
+        stage name. Both only for methods that need them.
     """
 
     out: Tensor
-    pooled: Tensor | None = None
+    pooled: Tensor | tuple[Tensor, ...] | None = None
     maps: dict[str, Tensor] | None = None
+
+    def of_mentors(self, rows: slice) -> "View":
+        """The mentors' answers to some images of the batch."""
+        assert self.pooled is None or isinstance(self.pooled, tuple)
+        pooled = None if self.pooled is None else tuple(each[rows] for each in self.pooled)
+        return View(self.out[:, rows], pooled)
 
 
 @dataclass

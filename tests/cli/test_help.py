@@ -12,7 +12,11 @@ from kdcli import __version__
 from kdcli.cli import COMMANDS, _app
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-GROUPS = {"recipes": ("ls", "cat", "cp"), "runs": ("ls", "show", "rm"), "zoo": ("ls", "add", "verify"), "data": ("ls",)}
+GROUPS = {
+    "recipes": ("ls", "cat", "cp"), "runs": ("ls", "show", "rm"), "zoo": ("ls", "add", "verify"), "data": ("ls",),
+    "bank": ("build", "ls", "verify", "rm"),
+}  # fmt: skip
+WITHOUT_TABLE = {("recipes", "cp"), ("runs", "rm"), ("bank", "rm")}
 EVERY = [(name,) for name in COMMANDS if name not in GROUPS] + [(g, sub) for g, subs in GROUPS.items() for sub in subs]
 
 
@@ -74,7 +78,8 @@ def test_an_option_means_the_same_in_every_command():
             for kind, values in facts.items():
                 values.add(getattr(option, kind))
     shared = ("--data", "--student", "--teacher", "--peers", "--method", "--epochs", "--seed", "--device", "--out",
-              "--set", "--recipe", "--json", "--resume", "--data-root", "--skip-corrupt", "--seeds")  # fmt: skip
+              "--set", "--recipe", "--json", "--resume", "--data-root", "--skip-corrupt", "--seeds",
+              "--bank")  # fmt: skip
     for name in shared:
         assert {kind: len(values) for kind, values in seen[name].items()} == {"help": 1, "metavar": 1, "multiple": 1}, (
             name
@@ -87,7 +92,7 @@ def test_a_classroom_is_named_by_the_same_options(name):
     assert classroom <= options(name).keys()
 
 
-@pytest.mark.parametrize("path", [p for p in EVERY if p not in {("recipes", "cp"), ("runs", "rm")}], ids=" ".join)
+@pytest.mark.parametrize("path", [p for p in EVERY if p not in WITHOUT_TABLE], ids=" ".join)
 def test_whatever_prints_a_table_prints_json_too(path):
     assert "--json" in options(*path)
 

@@ -1,0 +1,166 @@
+"""kdcli bank: mentors' stored answers."""
+
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import options as o
+
+app = typer.Typer(no_args_is_help=True, help="Mentors' stored answers: build, list, verify, remove.")
+
+
+@app.command(
+    "build",
+    epilog="Examples:\n\nkdcli bank build --recipe cifar100/r110-r20\n\n"
+    "kdcli bank build --teacher resnet34 --data folder:pictures --set data.views=8 --epochs 30",
+)
+def build(
+    data: o.Data = None,
+    student: o.Student = None,
+    teacher: o.Teacher = None,
+    peers: o.Peers = None,
+    recipe: o.From = None,
+    epochs: o.Epochs = None,
+    sets: o.Set = None,
+    data_root: o.Root = None,
+    skip_corrupt: o.SkipCorrupt = False,
+    device: o.Device = None,
+    json: o.Json = False,
+) -> None:
+    """Fill the banks of a classroom ahead of its runs: every view, or with --epochs those that such a run meets.
+
+    Stopped, it goes on where it was. A run with --bank fills them as well, with what it meets.
+    """
+    from kdcli import banks, device as devices, distill as room, fill
+    from kdcli.cli import show
+    from kdcli.errors import RecipeError
+
+    config, notes = o.assemble(
+        recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, epochs=epochs,
+        skip_corrupt=skip_corrupt, bank=True, sets=sets,
+    )  # fmt: skip
+    if not config.classroom.teacher:
+        raise RecipeError("no mentor is named", hint="Add --teacher NAME (and --peers A,B).")
+    if not config.classroom.student:  # nobody learns here
+        config = config.with_(**{"classroom.student": config.classroom.teacher})
+    _, classroom = room.open_room(config, devices.pick(device))
+    mentors = fill.open_mentors(classroom, config)
+    if not json:
+        show.notes([*notes, *classroom.notes])
+    _follow(fill.build(mentors, classroom, config, epochs), "views", quiet=json)
+    found = [banks.describe(bank.path) for bank in dict.fromkeys(mentors.banks)]
+    if json:
+        show.as_json(found)
+        return
+    _table(found)
+    student = student or (None if recipe else "NAME")
+    again = o.typed(
+        "kdcli distill --bank", sets, skip_corrupt, recipe=recipe, teacher=teacher, peers=peers, student=student,
+        data=data, epochs=epochs, data_root=data_root, device=device,
+    )  # fmt: skip
+    show.next_line(again)
+
+
+@app.command("ls", epilog="Examples:\n\nkdcli bank ls\n\nkdcli bank ls --json")
+def ls(json: o.Json = False) -> None:
+    """List the banks, by whom they were filled and how far."""
+    from kdcli import banks
+    from kdcli.cli import show
+
+    found = [banks.describe(path) for path in banks.every()]
+    if json:
+        show.as_json(found)
+        return
+    if not found:
+        show.console.print(f"no banks in {banks.folder()} yet")
+        show.next_line("kdcli bank build --recipe NAME")
+        return
+    _table(found)
+    show.next_line("kdcli bank verify")
+
+
+@app.command("verify", epilog="Examples:\n\nkdcli bank verify\n\nkdcli bank verify 3f2a --json")
+def verify(
+    bank: Annotated[str | None, typer.Argument(help="A bank's id or its beginning; default: all.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Check every stored answer against its checksum."""
+    from kdcli import banks
+    from kdcli.bank import Bank
+    from kdcli.cli import show
+    from kdcli.errors import DataError
+
+    found = []
+    for path in [banks.find(bank)] if bank else banks.every():
+        row = {"id": path.name, "answers": 0, "damaged": 0, "state": "ok"}
+        try:
+            for _, row["answers"], row["damaged"] in Bank(path).verify():
+                pass
+        except DataError as error:
+            row["state"] = error.message
+        if row["damaged"]:
+            row["state"] = "damaged"
+        found.append(row)
+    if json:
+        show.as_json(found)
+    else:
+        show.table(["bank", "answers", "damaged", "state"], [[*row.values()] for row in found])
+    bad = [row["id"] for row in found if row["state"] != "ok"]
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(found)} banks are not whole: {', '.join(bad)}",
+            hint="Runs and `kdcli bank build` make damaged answers anew; `kdcli bank rm ID` removes a bank.",
+        )
+    if not json:
+        show.next_line("kdcli distill --bank ...")
+
+
+@app.command("rm", epilog="Examples:\n\nkdcli bank rm 3f2a\n\nkdcli bank rm --all --yes")
+def rm(
+    bank: Annotated[str | None, typer.Argument(help="A bank's id or its beginning.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove every bank.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a bank; the next run that needs it makes it anew."""
+    from kdcli import banks
+    from kdcli.cli import show
+    from kdcli.errors import RecipeError
+
+    if (bank is None) != everything:
+        raise RecipeError("which bank?", hint="Name one by its id (`kdcli bank ls`), or all with --all.")
+    paths = [banks.find(bank)] if bank else banks.every()
+    for path in paths:
+        about = banks.describe(path)
+        if not yes:
+            whose = f" of {about['mentor']} on {about['data']}" if "mentor" in about else ""
+            typer.confirm(f"Remove {path}{whose} ({banks.amount(about['bytes'])})?", abort=True)
+        banks.remove(path)
+        show.line("removed", path)
+    show.next_line("kdcli bank ls")
+
+
+def _table(found) -> None:
+    from kdcli.banks import amount
+    from kdcli.cli import show
+
+    rows = [
+        [f["id"], f["mentor"], f["data"], f["views"], f["precision"], f["form"], f"{100 * f['filled']:.1f}",
+         amount(f["bytes"]), f["used"][:16].replace("T", " ")] if f["state"] == "ok"
+        else [f["id"], f["state"], "", "", "", "", "", amount(f["bytes"]), ""]
+        for f in found
+    ]  # fmt: skip
+    columns = ["bank", "mentor", "data", "views", "precision", "form", "filled %", "size", "last used"]
+    show.table(columns, rows, left=3)
+
+
+def _follow(steps, label, *, quiet) -> None:
+    """Run (done, of all) steps to their end under a progress bar; no bar where there is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from kdcli.cli import show
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=show.console, disable=quiet or not show.console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        for done, total in steps:
+            bar.update(task, completed=done, total=total)

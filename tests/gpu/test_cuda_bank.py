@@ -1,0 +1,69 @@
+"""Banks on CUDA: resident or read from the host, the same answers, and a warm one never waits for the device."""
+
+from pathlib import Path
+
+import engine_kit as kit
+import pytest
+import torch
+
+from kdcli import banks, distill, fill
+from kdcli.bank import Bank
+from kdcli.data import Stream
+from kdcli.mentors import Mentors
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "zoo").symlink_to(kit.home() / "zoo", target_is_directory=True)
+    monkeypatch.setenv("KDCLI_HOME", str(tmp_path / "home"))
+
+
+def opened(**over: object) -> tuple[Mentors, Stream]:
+    config = kit.recipe("aver", **{"classroom.bank": True, **over})
+    _, room = distill.open_room(config, CUDA)
+    return fill.open_mentors(room, config), Stream(room.data, 8, seed=0, device=CUDA)
+
+
+@pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}, {"classroom.bank_pooled": True}], ids=str)
+def test_resident_and_host_banks_answer_alike_without_waiting(over: dict[str, object]) -> None:
+    mentors, stream = opened(**over)
+    assert all(bank.resident is not None and bank.resident.is_cuda for bank in mentors.banks)
+    torch.cuda.set_sync_debug_mode("error")
+    try:  # cold too: new records stay on the device until the epoch's end
+        batches = [(batch, mentors.answer(batch)) for batch in stream.epoch(0)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(bank.filled == 0 for bank in mentors.banks)
+    mentors.flush()
+    assert all(bank.filled > 0 for bank in mentors.banks)
+    assert all([*Bank(path).verify()][-1][2] == 0 for path in banks.every())
+    late, _ = opened(**over)
+    host, _ = opened(**over)
+    for bank in host.banks:
+        bank.resident = None
+    for batch, first in batches:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            answers = [one.answer(batch) for one in (mentors, late, host)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for answer in answers:
+            assert answer is not None
+            assert first is not None
+            assert answer.out.equal(first.out)
+    assert mentors.words() == late.words() == host.words() == []
+
+
+def test_a_bank_filled_on_the_cpu_is_trusted_on_cuda(tmp_path: Path) -> None:
+    """float32 on both, TF32 and all: the same answers but for what the check at the start allows."""
+    kit.trained(kit.recipe("aver", **{"classroom.bank": True}), tmp_path / "run")
+    mentors, stream = opened()
+    assert all(bank.filled > 0 for bank in mentors.banks)
+    for batch in stream.epoch(0):
+        mentors.answer(batch)
+    mentors.flush()
+    assert mentors.words() == []
