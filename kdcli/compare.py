@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcli import distill, files, run as runs
+from kdcli import dist, distill, files, run as runs
 from kdcli.classroom import Classroom
 from kdcli.engine import EpochEnd, Session, Step
 from kdcli.errors import InterruptedRun
@@ -84,22 +84,26 @@ def _lay_out(
         "independent": independent,
         "stands_for": f"{method}-{seeds[0]}",  # wherever one run is wanted: never the best seed, but the first
     }
-    run.start(recipe, runs.provenance("compare", recipe, **facts))
+    dist.first(lambda: run.start(recipe, runs.provenance("compare", recipe, **facts)))
 
 
 def _lay_out_learners(session: Session, classroom: Classroom, *, again: bool = False) -> None:
     facts = distill.facts_of(classroom)
-    for learner in session.learners:
-        if again and session.runs[learner.name].path.is_dir():  # stopped before its first checkpoint
-            session.runs[learner.name].remove()
-        session.runs[learner.name].start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
+
+    def lay_out() -> None:
+        for learner in session.learners:
+            folder = session.runs[learner.name]
+            if again and folder.path.is_dir():  # stopped before its first checkpoint
+                folder.remove()
+            folder.start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
+
+    dist.first(lay_out)
 
 
 def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
     """Train all learners and write compare.json; yields what `engine.train` yields."""
     yield from distill.go(session, resume=resume)
-    run = session.run
-    files.write_text(run.path / "compare.json", summarise(run).json())
+    dist.first(lambda: _write(session.run))
 
 
 def independent(
@@ -120,17 +124,28 @@ def independent(
         session.runs = {learner.name: Run(run.path / learner.name) for learner in session.learners}
         if n == 0 and not resume:
             _lay_out(run, classroom, recipe, methods, seeds, independent=True)
-        if all(one.done for one in session.runs.values()):
+        done, going_on = dist.first(lambda session=session: _stands(session))
+        if done:
             continue  # this seed was through before the compare was stopped
-        going_on = (session.run.path / "last.ckpt").is_file()
         if not going_on:
-            session.run.path.mkdir(exist_ok=True)
             _lay_out_learners(session, classroom, again=resume)
         try:
             follow(classroom, distill.go(session, resume=going_on), f"seed {seed}: {len(session.learners)} students")
         except InterruptedRun as stopped:
             raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
-        session.run.remove()
+        dist.first(session.run.remove)
+    return dist.first(lambda: _write(run))
+
+
+def _stands(session: Session) -> tuple[bool, bool]:
+    """Whether every learner of a seed is through, and else whether it has a checkpoint to go on from."""
+    if all(one.done for one in session.runs.values()):
+        return True, False
+    session.run.path.mkdir(exist_ok=True)
+    return False, (session.run.path / "last.ckpt").is_file()
+
+
+def _write(run: Run) -> Comparison:
     found = summarise(run)
     files.write_text(run.path / "compare.json", found.json())
     return found

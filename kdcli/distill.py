@@ -1,5 +1,6 @@
 """From a recipe to a trained student in a run folder: the one way in for distill, train and compare."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcli import board, device as devices, engine, files, methods, run as runs, weights, zoo
+from kdcli import board, device as devices, dist, engine, files, methods, run as runs, weights, zoo
 from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
 from kdcli.engine import EpochEnd, Session, Step
@@ -35,7 +36,7 @@ def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> 
     """The recipe's data and classroom. Data is looked for before weights."""
     if not recipe.data.name:
         raise RecipeError("no data is named", hint="Add --data NAME; `kdcli data ls` shows what there is.")
-    data = open_data(recipe.data, device=device)
+    data = dist.in_turn(lambda: open_data(recipe.data, device=device))
     return data, seat(recipe, data, device, mentors=mentors)
 
 
@@ -60,6 +61,7 @@ def open_session(
         cutmix=config.cutmix,
         label_smoothing=config.label_smoothing,
     )
+    dist.check(len(data.train), config)
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
     precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
     classroom.notes += [(f"method {one.method.name}", _options(one), "a method's own defaults but for what is given")
@@ -67,6 +69,8 @@ def open_session(
     student = learners[0].student
     classroom.notes.append((student.name, student.origin, "the student's weights"))
     classroom.notes.append(("device", devices.describe(device), "--device chooses"))
+    if not dist.alone():
+        classroom.notes.append(("ranks", dist.describe(), "they divide every batch"))
     classroom.notes.append(("train.precision", learners[0].precision, learners[0].precision_why))
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
@@ -89,9 +93,8 @@ def start(session: Session, kind: str, classroom: Classroom, **facts: Any) -> No
     for learner in session.learners:
         folder = session.runs[learner.name]
         own = {**common, **facts} if folder is session.run else common
-        folder.start(
-            learner.recipe, runs.provenance(kind if folder is session.run else "distill", learner.recipe, **own)
-        )
+        told = runs.provenance(kind if folder is session.run else "distill", learner.recipe, **own)
+        dist.first(lambda folder=folder, learner=learner, told=told: folder.start(learner.recipe, told))
 
 
 def facts_of(classroom: Classroom) -> dict[str, Any]:
@@ -99,6 +102,7 @@ def facts_of(classroom: Classroom) -> dict[str, Any]:
     data = classroom.data
     return {
         "device": devices.describe(classroom.device),
+        "ranks": dist.describe(),
         "data": {
             "name": data.name,
             "hash": data.hash,
@@ -133,9 +137,17 @@ def same_room(run: Run, classroom: Classroom) -> None:
 
 def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
     """Train the session and write every learner's student; yields what `engine.train` yields."""
+    if resume:
+        dist.first(lambda: _changed_ranks(session.run))
     yield from engine.train(session, resume=resume)
     for learner in session.learners:
-        finish(session, learner)
+        dist.first(lambda learner=learner: finish(session, learner))
+
+
+def _changed_ranks(run: Run) -> None:
+    before, now = run.provenance.get("ranks", "1"), dist.describe()
+    if before.rpartition("then ")[2] != now:
+        run.amend(ranks=f"{before}, then {now}")
 
 
 def finish(session: Session, learner: Learner) -> None:
@@ -190,6 +202,28 @@ def run_folder(out: str | None, recipe: Recipe, method: str) -> Run:
     student = (recipe.classroom.student or "model").partition("@")[0].partition(":")[2] or (
         recipe.classroom.student or "model"
     ).partition("@")[0]
-    run = runs.new(student, method, Path(out) if out else None)
-    run.check_free()
+
+    def choose() -> Run:
+        if again := dist.begun():  # a rank died before the first checkpoint
+            shutil.rmtree(again, ignore_errors=True)
+            return Run(Path(again))
+        run = runs.new(student, method, Path(out) if out else None)
+        run.check_free()
+        return run
+
+    run = dist.first(choose)
+    dist.begin(str(run.path))
     return run
+
+
+def begun() -> str | None:
+    """The run to continue after a rank of this very command died: None when there is none, or nothing was saved yet."""
+
+    def look() -> str | None:
+        path = Path(dist.begun() or "")
+        kept = dist.begun() and (path / "provenance.json").is_file()
+        if kept and ((path / "last.ckpt").is_file() or Run(path).finished or Run(path).provenance.get("independent")):
+            return str(path)
+        return None
+
+    return dist.first(look)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcli import board
+from kdcli import board, dist
 from kdcli.data import DataSet, Stream
 from kdcli.errors import DataError, DivergedError, InterruptedRun, RecipeError, WeightsError
 from kdcli.evaluate import Score, score
@@ -61,12 +61,15 @@ class Session:
         return max(learner.epochs for learner in self.learners)
 
     def checkpoint(self, epoch: int, batch: int) -> None:
-        state = {"epoch": epoch, "batch": batch, "learners": {one.name: one.state() for one in self.learners}}
-        self.run.checkpoint(state)
+        def save() -> None:
+            state = {"epoch": epoch, "batch": batch, "learners": {one.name: one.state() for one in self.learners}}
+            self.run.checkpoint(state)
+
+        dist.first(save)
 
     def resume(self) -> tuple[int, int]:
         """Load last.ckpt; the epoch (from 0) and batch to continue with."""
-        state = self.run.load_checkpoint()
+        state = dist.first(self.run.load_checkpoint)
         for learner in self.learners:
             if learner.name not in state["learners"]:
                 raise RecipeError(
@@ -81,8 +84,7 @@ class Session:
                     f"{self.run.path}/last.ckpt is not a checkpoint of this recipe: {type(error).__name__}: {reason}",
                     hint="Put back the recipe.toml that was written with it, or start a new run.",
                 ) from None
-        for run in self.runs.values():
-            run.forget_after(state["epoch"])
+        dist.first(lambda: [run.forget_after(state["epoch"]) for run in self.runs.values()])
         return state["epoch"], state["batch"]
 
 
@@ -111,21 +113,24 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
                 learner.begin_epoch(epoch, sweep)
             for number, batch in enumerate(stream.epoch(epoch, first), start=first):
                 taught = session.mentors.answer(batch)
+                if taught is not None:
+                    taught = dist.whole(taught, batch, dim=1)
                 for learner in active:
                     learner.step(batch, taught, epoch, number, epoch * batches + number)
-                images += len(batch.index)
+                images += len(batch.names.index)
                 if (number + 1) % CHECK_EVERY == 0:
                     for learner in active:
                         learner.check()
-                if caught or number + 1 == batches:  # a checkpoint follows, and must be a good one
+                stopped = dist.anyone(bool(caught))
+                if stopped or number + 1 == batches:  # a checkpoint follows, and must be a good one
                     for learner in active:
                         learner.check()
                         learner.check_weights()
-                if caught:
+                if stopped:
                     session.checkpoint(epoch, number + 1)
+                    why = caught[0] if caught else "a signal to another rank"
                     raise InterruptedRun(
-                        f"stopped by {caught[0]} after batch {number + 1} of epoch {epoch + 1}; saved in "
-                        f"{session.run.path}",
+                        f"stopped by {why} after batch {number + 1} of epoch {epoch + 1}; saved in {session.run.path}",
                         hint=f"Continue with --resume {session.run.path}",
                     )
                 seconds = time.perf_counter() - began
@@ -153,13 +158,13 @@ def _end_epoch(session: Session, learner: Learner, epoch: int) -> dict[str, Any]
         if chosen > learner.best.get("chosen", -1.0):
             learner.best = {"epoch": epoch, "chosen": chosen, "top1": result["test"].top1}
             if data.holdout:  # the test set only reports, so only a held-out slice may choose what is kept
-                keep(run, "best", learner, epoch, result["test"])
+                dist.first(lambda: keep(run, "best", learner, epoch, result["test"]))
         if epoch in session.keep:
-            keep(run, f"epoch-{epoch:03d}", learner, epoch, result["test"])
+            dist.first(lambda: keep(run, f"epoch-{epoch:03d}", learner, epoch, result["test"]))
     row = learner.row(epoch, result)
-    run.log(row)
+    dist.first(lambda: run.log(row))
     if session.config.tensorboard:
-        board.write(run.path, row)
+        dist.first(lambda: board.write(run.path, row))
     return row
 
 
@@ -184,7 +189,7 @@ def _signals() -> Iterator[list[str]]:
     caught: list[str] = []
 
     def note(number: int, _frame: object) -> None:
-        if caught and number == signal.SIGINT:
+        if caught and number == signal.SIGINT and dist.alone():  # a launcher passes on what the terminal sent to all
             raise KeyboardInterrupt
         caught.append(signal.Signals(number).name)
 

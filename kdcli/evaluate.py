@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcli import dist
 from kdcli.data import Split
 from kdcli.tasks.classify import calibration_error
 
@@ -34,17 +35,21 @@ class Report(Score):
 
 
 def answers(model: Model, split: Split, device: torch.device, batch_size: int = 256) -> Tensor:
-    """All logits [N, K] of a split in order, float32 on the CPU; the model is left in the mode it was in."""
+    """All logits [N, K] of a split in order, float32 on the CPU; the model is left in the mode it was in.
+
+    Several ranks divide the split, and all of them must ask.
+    """
     training = model.training if isinstance(model, nn.Module) else False
     if isinstance(model, nn.Module):
         model.eval()
+    own = dist.own_batches(split, batch_size)
     try:
         with torch.inference_mode():
-            out = [model(batch.pixels).float().cpu() for batch in split.plain(batch_size, device)]
+            out = [model(batch.pixels).float().cpu() for batch in own.plain(batch_size, device)]
     finally:
         if isinstance(model, nn.Module):
             model.train(training)
-    return torch.cat(out)
+    return dist.rejoin(out, len(split), batch_size)
 
 
 def score(model: Model, split: Split, device: torch.device) -> Score:

@@ -3,7 +3,7 @@ behind belong together)."""
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -11,7 +11,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdcli import device as devices, methods, schedule, zoo
+from kdcli import device as devices, dist, methods, schedule, zoo
 from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet
 from kdcli.errors import DivergedError, RecipeError, did_you_mean
@@ -31,6 +31,7 @@ class Learner:
     def __init__(self, name: str, recipe: Recipe, classroom: Classroom, steps_per_epoch: int) -> None:
         self.name, self.recipe, self.classroom = name, recipe, classroom
         self.device, self.config = classroom.device, recipe.train
+        _seed(self.config.seed, self.device)  # for parameters that a method makes, at once or in its setup
         self.method = methods.build(recipe.method.name, recipe.method.options)
         check_method(self.method, recipe, classroom)
         mixing = bool(self.config.mixup or self.config.cutmix)
@@ -40,14 +41,16 @@ class Learner:
         self.generator = torch.Generator(self.device)
         self.student = classroom.student(self.config.seed)
         self.method.room = Room(self.student, classroom.mentors, data, self.task)
-        _seed(self.config.seed, self.device)
         self.method.setup(self.method.room, self._first_lesson())
         self.method.to(self.device)
+        if self.config.sync_bn:
+            for module in (self.student, *self.method.learners().values()):
+                dist.sync_norms(module)
         self.steps_per_epoch = steps_per_epoch
         self.phases = self.method.phases(self.config)
         self.epochs = sum(phase.epochs for phase in self.phases)
         self.ema = ModelEmaV3(self.method.graduate(), decay=self.config.ema) if self.config.ema else None
-        self.forward = torch.compile(self.student) if self.config.compile else self.student
+        self.compiled = cast(nn.Module, torch.compile(self.student)) if self.config.compile else self.student
         self.tally = Tally()
         self.first_bad: dict[str, Tensor] = {}
         self.best: dict[str, Any] = {}
@@ -74,6 +77,13 @@ class Learner:
         self.schedule = schedule.build(self.optimizer, config, self.phase.epochs, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # pyright: ignore
         self.parameters = [p for p in parts.parameters() if p.requires_grad]
+        readers = {name: module for name, module in learners.items() if isinstance(module, Member)}
+        self.forward = {
+            name: dist.parallel(self.compiled if module is self.student else module, name in self.phase.learners)
+            for name, module in {"student": self.student, **readers}.items()
+        }
+        averaged = {p for module in self.forward.values() for p in module.parameters()}
+        self.replicated = [p for p in self.parameters if p not in averaged]
 
     def begin_epoch(self, epoch: int, sweep: Callable[["Learner"], Iterator[Lesson]]) -> None:
         """Enter the phase of `epoch` (from 0) and put those who learn in it in training mode."""
@@ -92,24 +102,28 @@ class Learner:
         """One update. `number` is the batch's place in the epoch, `step` counts all updates. Nothing is read back."""
         since = (epoch - self.phase_start) * self.steps_per_epoch + number
         schedule.set_lr(self.schedule, epoch - self.phase_start, since)
-        _seed(_mix(self.config.seed, step), self.device)
+        _seed(_mix(self.config.seed, step, *dist.noise()), self.device)
         at = epoch + number / self.steps_per_epoch
-        size = -(-len(batch.index) // self.config.accumulate)
+        count = len(batch.names.index)
+        size = -(-count // self.config.accumulate)
         self.optimizer.zero_grad(set_to_none=True)
         lesson = None
-        for part_number, lo in enumerate(range(0, len(batch.index), size)):
-            part = batch if size >= len(batch.index) else _part(batch, slice(lo, lo + size))
+        for part_number, lo in enumerate(range(0, count, size)):
+            part = batch if size >= count else dist.micro(batch, lo, lo + size)
             answers = taught if taught is None or part is batch else View(taught.out[:, lo : lo + size])
-            with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
-                views = {"student": View(self.forward(part.pixels))}
-                for name, module in self.method.learners().items():
-                    if isinstance(module, Member) and module is not self.student:
-                        views[name] = View(module(part.pixels))
-            lesson = self._lesson(part, views, answers, at, step, part_number)
-            terms = self.method.loss(lesson, self.phase)
-            share = len(part.index) / len(batch.index)
-            self.scaler.scale(sum(terms.values(), torch.zeros((), device=self.device)) * share).backward()
+            autocast = torch.autocast(
+                self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"
+            )
+            with dist.quiet(self.forward, last=lo + size >= count):
+                with autocast:
+                    own = {name: View(forward(part.pixels)) for name, forward in self.forward.items()}
+                views = {name: dist.whole(view, part) for name, view in own.items()}
+                lesson = self._lesson(part, views, answers, at, step, part_number)
+                terms = self.method.loss(lesson, self.phase)
+                share = len(lesson.index) / count
+                self.scaler.scale(sum(terms.values(), torch.zeros((), device=self.device)) * share).backward()
             self._note(lesson, terms, share, step)
+        dist.even_out(self.forward, self.replicated, batch)
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
@@ -133,8 +147,8 @@ class Learner:
         self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int, part: int = 0
     ) -> Lesson:
         self.generator.manual_seed(_mix(self.config.seed, step, 1 + part))  # micro-batches draw different noise
-        student = views["student"]
-        return Lesson(batch.target, batch.index, epoch, step, self.task, self.generator, student, views, mentors)
+        student, names = views["student"], batch.names
+        return Lesson(names.target, names.index, epoch, step, self.task, self.generator, student, views, mentors)
 
     @torch.no_grad()
     def _note(self, lesson: Lesson, terms: Terms, share: float, step: int) -> None:
@@ -281,10 +295,6 @@ def make_optimizer(parts: nn.Module, config: TrainConfig) -> Optimizer:
         raise RecipeError(
             f"train.optimizer = {config.optimizer!r}: {error}", hint=did_you_mean(config.optimizer, known)
         ) from None
-
-
-def _part(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.pixels[rows], batch.target[rows], batch.index[rows], batch.view[rows])
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -82,6 +82,7 @@ class TrainConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     mixup: float = Field(default=0.0, ge=0.0)
     cutmix: float = Field(default=0.0, ge=0.0)
+    sync_bn: bool = False  # batch norms over all GPUs' images; else each GPU normalises by its own share of a batch
     compile: bool = False  # torch.compile the student
     tensorboard: bool = False  # also write the metrics for TensorBoard (an extra: pip install "kdcli[tensorboard]")
     eval_every: int = Field(default=1, ge=1)  # epochs between scores; the last is always scored

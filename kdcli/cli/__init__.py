@@ -1,5 +1,6 @@
 """The command line: one short file per command, heavy imports inside them, so that --help is quick."""
 
+import os
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ COMMANDS = (
     "quickstart", "distill", "compare", "train", "evaluate", "export", "bench", "check",
     "models", "recipes", "runs", "zoo", "data", "doctor",
 )  # fmt: skip
+typed: list[str] = []  # this process's command line, for those who start it again in others
 
 
 class _InOrder(TyperGroup):
@@ -71,10 +73,20 @@ def _examples(lines: tuple[str, ...]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with the exit code of DESIGN section 7; 1 is a fault of kdcli's own."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
+    debug, ranked = "--debug" in argv, int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    typed[:] = argv
+    if ranked:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+        from kdcli import dist, launch
     try:
+        if ranked:
+            launch.enter(argv)
         code = _app()(args=[arg for arg in argv if arg != "--debug"], prog_name="kdcli", standalone_mode=False)
+        if ranked and not code:
+            dist.part()
     except (Exception, KeyboardInterrupt) as error:
+        if ranked:
+            launch.leave(error, _complain, debug=debug)
         if debug and not isinstance(error, (UsageError, typer.Abort, KeyboardInterrupt)):
             raise
         sys.exit(_complain(error))

@@ -1,13 +1,16 @@
 """The flags that mean the same in every command, and how they become a recipe."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcli import recipe as recipes
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "npz")
 
@@ -23,6 +26,10 @@ Epochs = Annotated[int | None, typer.Option(help="Length of the training.", min=
 Seed = Annotated[int | None, typer.Option(help="Initial weights and noise (train.seed).", min=0)]
 Seeds = Annotated[str | None, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.", metavar="N|A,B")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, mps; default: the best here.", metavar="NAME")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(help="Divide every batch among N GPUs; with --device cpu, among N processes.", min=1, metavar="N"),
+]
 Out = Annotated[
     str | None, typer.Option(help="The run's folder (default runs/<time>-<student>-<method>).", metavar="DIR")
 ]
@@ -104,6 +111,21 @@ def seeds(text: str) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise RecipeError(f"--seeds {text}: a seed is named twice", hint="Each seed once.")
     return list(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
+
+
+def place(device: str | None, gpus: int | None) -> "torch.device":
+    """The device to compute on. With `gpus` the command goes on in ranks instead, and this process leaves with them."""
+    from kdcli import cli, device as devices, dist
+    from kdcli.cli import show
+
+    if gpus is not None and dist.expected() == 1:
+        from kdcli import launch
+
+        launch.launch(cli.typed, gpus, device, debug="--debug" in cli.typed)
+    picked = dist.join(devices.pick(device), gpus)
+    if dist.attempt():
+        show.errors.print(f"[dim]a rank died: all were started again, {dist.attempt()} times so far[/]")
+    return picked
 
 
 def no_flags_with_resume(resume: str | None, **flags: object) -> None:

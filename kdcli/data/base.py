@@ -1,8 +1,8 @@
 """What a data set is to the rest of the house: splits of named samples, and batches of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kdcli.data.views import PLAIN, Views
+
+if TYPE_CHECKING:
+    from kdcli.dist import Whole
 
 STD_FLOOR = 1e-2  # a channel that never changes must not be divided by nothing
 Device = torch.device | str
@@ -21,19 +24,26 @@ class Batch:
 
     pixels [B,3,S,S] float32 in [0,1] (float data: as stored), not normalised; target [B] int64, or [B,K] float after
     mixup; index [B] int64 each sample's number in its full set; view [B] int64 the name of its augmented reading, -1
-    when plain.
+    when plain. With several ranks: this rank's share of a `whole` batch.
     """
 
     pixels: Tensor
     target: Tensor
     index: Tensor
     view: Tensor
+    whole: "Whole | None" = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def names(self) -> "Batch | Whole":
+        """Target and index of all its samples, those of other ranks too."""
+        return self.whole or self
+
     def to(self, device: Device) -> "Batch":
-        return Batch(*(moved(x, device) for x in (self.pixels, self.target, self.index, self.view)))
+        here = {name: moved(getattr(self, name), device) for name in ("pixels", "target", "index", "view")}
+        return replace(self, **here)
 
 
 class Store(Protocol):
@@ -89,6 +99,8 @@ class Split:
 
     def plain(self, batch_size: int, device: Device = "cpu") -> Iterator[Batch]:
         """In order, unaugmented; the last batch may be short."""
+        if not len(self):  # a rank's share of a few images may be none; torch would split it into one empty batch
+            return
         view = torch.full_like(self.index, PLAIN)
         names = zip(*(x.to(device).split(batch_size) for x in (self.targets, self.index, view)), strict=True)
         pixels = self.store.batches(self.index, view, batch_size, device)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from timm.data.imagenet_info import ImageNetInfo
 
+from kdcli import dist
 from kdcli.data import arrays, folder
 from kdcli.data.base import DataSet, Device, Pixels, Split, Store, moments, square
 from kdcli.data.split import balanced, check_classes, held_out
@@ -160,6 +161,7 @@ def _open_folder(config: DataConfig, kind: str, path: Path, augment: str, device
         notes.append(("data.image_size", size, f"default of {kind}"))
     views = Views(augment, size)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(cores // dist.neighbours(), 1)
     workers = min(cores, 8) if config.workers is None else config.workers
     train, test = _parts(config, kind, path, notes)
     check_classes(train.labels, train.classes, str(path / "train"))
