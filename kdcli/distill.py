@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcli import board, device as devices, dist, engine, files, methods, run as runs, weights, zoo
+from kdcli import board, device as devices, dist, engine, files, methods, run as runs, shares, weights, zoo
 from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
 from kdcli.engine import EpochEnd, Session, Step
@@ -61,7 +61,8 @@ def open_session(
         cutmix=config.cutmix,
         label_smoothing=config.label_smoothing,
     )
-    dist.check(len(data.train), config)
+    shares.check(len(data.train), config)
+    dist.alike({"recipe": recipe.hash(), "data": data.hash, **{one.name: one.digest for one in classroom.mentors}})
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
     precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
     classroom.notes += [(f"method {one.method.name}", _options(one), "a method's own defaults but for what is given")
@@ -138,16 +139,19 @@ def same_room(run: Run, classroom: Classroom) -> None:
 def go(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd]:
     """Train the session and write every learner's student; yields what `engine.train` yields."""
     if resume:
-        dist.first(lambda: _changed_ranks(session.run))
+        dist.first(lambda: _note_ranks([session.run, *session.runs.values()]))
     yield from engine.train(session, resume=resume)
     for learner in session.learners:
         dist.first(lambda learner=learner: finish(session, learner))
 
 
-def _changed_ranks(run: Run) -> None:
-    before, now = run.provenance.get("ranks", "1"), dist.describe()
-    if before.rpartition("then ")[2] != now:
-        run.amend(ranks=f"{before}, then {now}")
+def _note_ranks(folders: list[Run]) -> None:
+    """Say in their provenance when runs go on with other ranks than before."""
+    for run in folders:
+        if (run.path / "provenance.json").is_file():
+            before, now = run.provenance.get("ranks", "1"), dist.describe()
+            if before.rpartition("then ")[2] != now:
+                run.amend(ranks=f"{before}, then {now}")
 
 
 def finish(session: Session, learner: Learner) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcli import board, dist
+from kdcli import board, dist, shares
 from kdcli.data import DataSet, Stream
 from kdcli.errors import DataError, DivergedError, InterruptedRun, RecipeError, WeightsError
 from kdcli.evaluate import Score, score
@@ -114,7 +114,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Step | EpochEnd
             for number, batch in enumerate(stream.epoch(epoch, first), start=first):
                 taught = session.mentors.answer(batch)
                 if taught is not None:
-                    taught = dist.whole(taught, batch, dim=1)
+                    taught = shares.whole(taught, batch, dim=1)
                 for learner in active:
                     learner.step(batch, taught, epoch, number, epoch * batches + number)
                 images += len(batch.names.index)

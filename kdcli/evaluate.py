@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli import dist
+from kdcli import shares
 from kdcli.data import Split
 from kdcli.tasks.classify import calibration_error
 
@@ -42,14 +42,14 @@ def answers(model: Model, split: Split, device: torch.device, batch_size: int = 
     training = model.training if isinstance(model, nn.Module) else False
     if isinstance(model, nn.Module):
         model.eval()
-    own = dist.own_batches(split, batch_size)
+    own = shares.own_batches(split, batch_size)
     try:
         with torch.inference_mode():
             out = [model(batch.pixels).float().cpu() for batch in own.plain(batch_size, device)]
     finally:
         if isinstance(model, nn.Module):
             model.train(training)
-    return dist.rejoin(out, len(split), batch_size)
+    return shares.rejoin(out, len(split), batch_size)
 
 
 def score(model: Model, split: Split, device: torch.device) -> Score:

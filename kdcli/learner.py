@@ -11,7 +11,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdcli import device as devices, dist, methods, schedule, zoo
+from kdcli import device as devices, dist, methods, schedule, shares, zoo
 from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet
 from kdcli.errors import DivergedError, RecipeError, did_you_mean
@@ -109,7 +109,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         lesson = None
         for part_number, lo in enumerate(range(0, count, size)):
-            part = batch if size >= count else dist.micro(batch, lo, lo + size)
+            part = batch if size >= count else shares.micro(batch, lo, lo + size)
             answers = taught if taught is None or part is batch else View(taught.out[:, lo : lo + size])
             autocast = torch.autocast(
                 self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"
@@ -117,7 +117,7 @@ class Learner:
             with dist.quiet(self.forward, last=lo + size >= count):
                 with autocast:
                     own = {name: View(forward(part.pixels)) for name, forward in self.forward.items()}
-                views = {name: dist.whole(view, part) for name, view in own.items()}
+                views = {name: shares.whole(view, part) for name, view in own.items()}
                 lesson = self._lesson(part, views, answers, at, step, part_number)
                 terms = self.method.loss(lesson, self.phase)
                 share = len(lesson.index) / count

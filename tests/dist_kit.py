@@ -11,8 +11,9 @@ import engine_kit as kit
 import torch
 from torch import Tensor, nn
 
-from kdcli import dist, distill, methods
+from kdcli import dist, distill, methods, shares
 from kdcli.data import open_data
+from kdcli.errors import RecipeError
 from kdcli.evaluate import answers
 from kdcli.methods.base import Lesson, Method, Phase, Terms
 from kdcli.recipe import DataConfig, Recipe
@@ -27,6 +28,7 @@ class Odd(Method):
     def __init__(self) -> None:
         super().__init__()
         self.adapter = nn.Linear(10, 10)
+        self.memory: Tensor
         self.register_buffer("memory", torch.zeros(10))
 
     def phases(self, train: Any) -> list[Phase]:
@@ -38,7 +40,7 @@ class Odd(Method):
         noise = torch.randn(out.shape, generator=lesson.generator)
         apart = torch.cdist(out, out.detach()).mean()  # every sample with every other
         taught = (self.adapter(out) - lesson.mentors_out[0] - 0.1 * noise).square().mean()
-        self.memory.add_(out.detach().mean(0))
+        self.memory += out.detach().mean(0)
         return {"hard": lesson.task.hard(out, lesson.target).mean(), "taught": 0.1 * taught, "apart": 0.01 * apart}
 
 
@@ -77,7 +79,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
         "method": state["method"],
         "rows": run.metrics(),
         "answers": answers(learner.graduate(), test, kit.CPU, 50),
-        "own": len(dist.own_batches(test, 50)),
+        "own": len(shares.own_batches(test, 50)),
         "noise": [learner.generator.initial_seed(), torch.default_generator.initial_seed()],
     }
 
@@ -127,6 +129,10 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.join(torch.device("cpu"))
-    found = {name: trained(name, out / name.replace(" ", "-")) for name in RECIPES}
+    found: dict[str, Any] = {name: trained(name, out / name.replace(" ", "-")) for name in RECIPES}
+    try:
+        dist.alike({"data": "the same", "teacher": f"of rank {dist.rank()}"})
+    except RecipeError as error:
+        found["unlike"] = error.message
     torch.save(found, out / f"rank-{dist.rank()}.pt")
     dist.part()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import device as devices, dist, launch
+from kdcli import device as devices, dist, launch, shares
 from kdcli.data import Batch, Stream, open_data
 from kdcli.errors import DataError, RecipeError
 from kdcli.methods import View
@@ -31,23 +31,23 @@ def become(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Be one of several ranks, without the others: enough for what needs no exchange."""
 
     def one(rank: int, world: int) -> None:
-        dist._layout.cache_clear()
+        shares._layout.cache_clear()
         monkeypatch.setattr(dist, "alone", lambda: world == 1)
         monkeypatch.setattr(dist, "rank", lambda: rank)
         monkeypatch.setattr(dist, "world", lambda: world)
 
     yield one
-    dist._layout.cache_clear()
+    shares._layout.cache_clear()
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(("size", "world"), [(8, 2), (9, 2), (64, 3), (30, 8)])
 def test_every_row_is_one_ranks_and_shares_are_even(become: Any, size: int, world: int, mirrored: bool) -> None:
     become(0, world)
-    whose = dist.holders(size, mirrored)
-    shares = torch.bincount(whose, minlength=world)
+    whose = shares.holders(size, mirrored)
+    counts = torch.bincount(whose, minlength=world)
     assert len(whose) == size
-    assert int(shares.max() - shares.min()) <= (2 if mirrored else 1)
+    assert int(counts.max() - counts.min()) <= (2 if mirrored else 1)
     if mirrored:
         assert torch.equal(whose, whose.flip(0))
 
@@ -85,10 +85,10 @@ def test_micro_batches_are_those_of_the_whole_batch(become: Any, mirrored: bool)
         found = []
         for rank in range(2):
             become(rank, 2)
-            rows, few = dist.own_rows(10, 10, mirrored)
+            rows, few = shares.own_rows(10, 10, mirrored)
             assert few == len(whole.pixels[rows])
             own = Batch(whole.pixels[rows], whole.target, whole.index, whole.view)
-            part = dist.micro(dist.divide(own, mirrored), at, end)
+            part = shares.micro(shares.divide(own, mirrored), at, end)
             assert part.names.index.tolist() == whole.index[at:end].tolist()
             assert part.names.target.tolist() == whole.target[at:end].tolist()
             assert torch.equal(part.pixels, whole.pixels[part.index - 20])
@@ -104,7 +104,7 @@ def test_a_split_is_scored_in_the_batches_of_one_rank(become: Any, count: int) -
     found = []
     for rank in range(3):
         become(rank, 3)
-        found += [tuple(batch.index.tolist()) for batch in dist.own_batches(test, 50).plain(50)]
+        found += [tuple(batch.index.tolist()) for batch in shares.own_batches(test, 50).plain(50)]
     assert len(found) == len(alone)
     assert set(found) == alone
 
@@ -120,28 +120,22 @@ def test_a_split_is_scored_in_the_batches_of_one_rank(become: Any, count: int) -
 )
 def test_a_batch_too_small_for_the_ranks_is_refused(become: Any, images: int, over: dict[str, Any], says: str) -> None:
     become(1, 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist.td, "get_backend_config", lambda: "cpu:gloo")
-        with pytest.raises(RecipeError, match=says) as caught:
-            dist.check(images, TrainConfig(**over))
-        assert "3 ranks" in caught.value.message
-        assert "drop_last" in caught.value.hint
-        dist.check(65, TrainConfig(batch_size=16, drop_last=True))
-        dist.check(65, TrainConfig(batch_size=16, mixup=0.1))  # an odd last batch is dropped when images are mixed
+    with pytest.raises(RecipeError, match=says) as caught:
+        shares.check(images, TrainConfig(**over))
+    assert "3 ranks" in caught.value.message
+    assert "drop_last" in caught.value.hint
+    shares.check(65, TrainConfig(batch_size=16, drop_last=True))
+    shares.check(65, TrainConfig(batch_size=16, mixup=0.1))  # an odd last batch is dropped when images are mixed
 
 
 def test_synchronised_norms_are_refused_on_a_cpu(become: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     become(0, 2)
     monkeypatch.setattr(dist.td, "get_backend_config", lambda: "cpu:gloo")
     with pytest.raises(RecipeError, match=r"train\.sync_bn.*GPUs only"):
-        dist.check(64, TrainConfig(sync_bn=True))
-    monkeypatch.setattr(dist.td, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
-    dist.check(64, TrainConfig(sync_bn=True))
-    become(0, 1)
-    dist.check(64, TrainConfig(sync_bn=True))
+        dist.sync_norms(nn.BatchNorm2d(3))
 
 
-def test_synchronised_norms_keep_names_and_activations(become: Any) -> None:
+def test_synchronised_norms_keep_names_and_activations(become: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
 
     net = timm.create_model("test_resnet", num_classes=4).eval()
@@ -150,6 +144,7 @@ def test_synchronised_norms_keep_names_and_activations(become: Any) -> None:
     dist.sync_norms(net)
     assert not any(isinstance(layer, nn.SyncBatchNorm) for layer in net.modules())  # nobody to synchronise with
     become(0, 2)
+    monkeypatch.setattr(dist.td, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
     dist.sync_norms(net)
     norms = [layer for layer in net.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     assert norms
@@ -169,8 +164,8 @@ def test_alone_everything_is_handed_back() -> None:
     assert dist.alone()
     assert (dist.rank(), dist.world(), dist.neighbours(), dist.attempt(), dist.noise()) == (0, 1, 1, 0, ())
     assert dist.join(kit.CPU, 1) == kit.CPU
-    assert dist.whole(view, batch) is view
-    assert dist.divide(batch, False) is batch
+    assert shares.whole(view, batch) is view
+    assert shares.divide(batch, False) is batch
     assert batch.names is batch
     assert dist.parallel(layer, True) is layer
     assert dist.first(lambda: 3) == dist.in_turn(lambda: 3) == 3
@@ -268,6 +263,12 @@ def test_two_ranks_end_where_one_does(twice: list[dict[str, Any]], name: str, tm
         for key, value in row.items():
             near = 100 * 2 / 360 if key.endswith(("top1", "top5")) else 1e-3
             assert math.isclose(value, expected[key], rel_tol=1e-3, abs_tol=near), (key, value, expected[key])
+
+
+def test_machines_that_hold_other_files_are_told_apart(twice: list[dict[str, Any]]) -> None:
+    for found in twice:
+        assert found["unlike"].startswith("rank 1 on ")
+        assert "finds another teacher than rank 0 on" in found["unlike"]
 
 
 def test_scores_of_two_ranks_are_those_of_one(twice: list[dict[str, Any]]) -> None:

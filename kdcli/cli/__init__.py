@@ -73,11 +73,13 @@ def _examples(lines: tuple[str, ...]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with the exit code of DESIGN section 7; 1 is a fault of kdcli's own."""
     argv = sys.argv[1:] if argv is None else argv
-    debug, ranked = "--debug" in argv, int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    debug, ranked = "--debug" in argv, False
     typed[:] = argv
-    if ranked:
+    if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
         from kdcli import dist, launch
+
+        ranked = dist.expected() > 1
     try:
         if ranked:
             launch.enter(argv)

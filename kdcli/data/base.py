@@ -12,7 +12,7 @@ from torch import Tensor
 from kdcli.data.views import PLAIN, Views
 
 if TYPE_CHECKING:
-    from kdcli.dist import Whole
+    from kdcli.shares import Whole
 
 STD_FLOOR = 1e-2  # a channel that never changes must not be divided by nothing
 Device = torch.device | str

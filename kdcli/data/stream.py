@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from kdcli import dist
+from kdcli import shares
 from kdcli.data.base import Batch, DataSet, Device
 from kdcli.data.views import number
 from kdcli.errors import RecipeError
@@ -73,12 +73,12 @@ class Stream:
         index = train.index[rows]
         view = train.store.views.draw(self.seed, epoch, index)
         names = zip(*(x.to(self.device).split(size) for x in (train.targets[rows], index, view)), strict=True)
-        mine, few = dist.own_rows(len(rows), size, self.mixing)
+        mine, few = shares.own_rows(len(rows), size, self.mixing)
         pixels = train.store.batches(index[mine], view[mine], few, self.device)
         for n, (x, (target, index, view)) in enumerate(zip(pixels, names, strict=True), start):
             if self.mixing:
                 x, target = self._mix(x, target, number(self.seed, epoch, MIX, n))
-            yield dist.divide(Batch(x, target, index, view), self.mixing)
+            yield shares.divide(Batch(x, target, index, view), self.mixing)
 
     def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:
         """The pixels an epoch yielded under these names, to the bit (before mixing, which has no name)."""
