@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcli import distill, files, run as runs
+from kdcli import dist, distill, files, run as runs
 from kdcli.classroom import Classroom
 from kdcli.engine import Event, Session
 from kdcli.errors import InterruptedRun
@@ -84,15 +84,20 @@ def _lay_out(
         "independent": independent,
         "stands_for": f"{method}-{seeds[0]}",  # wherever one run is wanted: never the best seed, but the first
     }
-    run.start(recipe, runs.provenance("compare", recipe, **facts))
+    dist.first(lambda: run.start(recipe, runs.provenance("compare", recipe, **facts)))
 
 
 def _lay_out_learners(session: Session, classroom: Classroom) -> None:
     """Lay out the folders of learners that have none yet."""
     facts = distill.facts_of(classroom)
-    for learner in session.learners:
-        if not session.runs[learner.name].begun:
-            session.runs[learner.name].start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
+
+    def lay_out() -> None:
+        for learner in session.learners:
+            folder = session.runs[learner.name]
+            if not folder.begun:
+                folder.start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
+
+    dist.first(lay_out)
 
 
 def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
@@ -100,8 +105,7 @@ def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     if resume:  # it may have been killed between one folder and the next
         _lay_out_learners(session, session.learners[0].classroom)
     yield from distill.go(session, resume=resume)
-    run = session.run
-    files.write_text(run.path / "compare.json", summarise(run).json())
+    dist.first(lambda: _write(session.run))
 
 
 def independent(
@@ -121,22 +125,34 @@ def independent(
         session = open_session(own, methods, [seed], classroom, Run(run.path / f".seed-{seed}"))
         session.runs = {learner.name: Run(run.path / learner.name) for learner in session.learners}
         if n == 0 and resume:
-            run.mend()
+            dist.first(run.mend)
             distill.same_room(run, classroom)
         elif n == 0:
             _lay_out(run, classroom, recipe, methods, seeds, independent=True)
-        going_on = session.run.path.is_dir()
-        if all(one.done for one in session.runs.values()):  # this seed was through before the compare was stopped
-            if going_on:
-                session.run.remove()
-            continue
-        files.make_folder(session.run.path)
+        done, going_on = dist.first(lambda session=session: _stands(session))
+        if done:
+            continue  # this seed was through before the compare was stopped
         _lay_out_learners(session, classroom)
         try:
             follow(classroom, distill.go(session, resume=going_on), f"seed {seed}: {len(session.learners)} students")
         except InterruptedRun as stopped:
             raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
-        session.run.remove()
+        dist.first(session.run.remove)
+    return dist.first(lambda: _write(run))
+
+
+def _stands(session: Session) -> tuple[bool, bool]:
+    """Whether every learner of a seed is through, and else whether its training was begun."""
+    going_on = session.run.path.is_dir()
+    if all(one.done for one in session.runs.values()):
+        if going_on:
+            session.run.remove()
+        return True, False
+    files.make_folder(session.run.path)
+    return False, going_on
+
+
+def _write(run: Run) -> Comparison:
     found = summarise(run)
     files.write_text(run.path / "compare.json", found.json())
     return found

@@ -1,5 +1,6 @@
 """From a recipe to a trained student in a run folder: the one way in for distill, train and compare."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcli import board, device as devices, engine, fill, methods, run as runs, weights, zoo
+from kdcli import board, device as devices, dist, engine, fill, methods, run as runs, shares, weights, zoo
 from kdcli.classroom import Classroom, Member, from_card, seat
 from kdcli.data import DataSet, Stream, open_data
 from kdcli.data.base import Pixels
@@ -36,7 +37,7 @@ def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> 
     """The recipe's data and classroom. Data is looked for before weights."""
     if not recipe.data.name:
         raise RecipeError("no data is named", hint="Add --data NAME; `kdcli data ls` shows what there is.")
-    data = open_data(recipe.data, device=device)
+    data = dist.in_turn(lambda: open_data(recipe.data, device=device))
     return data, seat(recipe, data, device, mentors=mentors)
 
 
@@ -61,6 +62,8 @@ def open_session(
         cutmix=config.cutmix,
         label_smoothing=config.label_smoothing,
     )
+    shares.check(len(data.train), config)
+    dist.alike({"recipe": recipe.hash(), "data": data.hash, **{one.name: one.digest for one in classroom.mentors}})
     if config.cuda_graph and isinstance(data.train.store, Pixels):
         data.train.store.record()
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
@@ -70,13 +73,16 @@ def open_session(
     student = learners[0].student
     classroom.notes.append((student.name, student.origin, "the student's weights"))
     classroom.notes.append(("device", devices.describe(device), "--device chooses"))
+    if not dist.alone():
+        classroom.notes.append(("ranks", dist.describe(), "they divide every batch"))
     classroom.notes.append(("train.precision", learners[0].precision, learners[0].precision_why))
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
     if any(learner.method.teachers for learner in learners):
         pooled = any("pooled" in learner.method.needs for learner in learners)
-        mentors = fill.open_mentors(
-            classroom, recipe, pooled=pooled, ahead=recipe.classroom.ahead or 0, cuda_graph=config.cuda_graph
+        ahead, graph = recipe.classroom.ahead or 0, config.cuda_graph
+        mentors = dist.in_turn(
+            lambda: fill.open_mentors(classroom, recipe, pooled=pooled, ahead=ahead, cuda_graph=graph)
         )
     else:
         mentors = Mentors([], precision, device)
@@ -109,9 +115,8 @@ def start(session: Session, kind: str, classroom: Classroom, **facts: Any) -> No
     for learner in session.learners:
         folder = session.runs[learner.name]
         own = {**common, **facts} if folder is session.run else common
-        folder.start(
-            learner.recipe, runs.provenance(kind if folder is session.run else "distill", learner.recipe, **own)
-        )
+        told = runs.provenance(kind if folder is session.run else "distill", learner.recipe, **own)
+        dist.first(lambda folder=folder, learner=learner, told=told: folder.start(learner.recipe, told))
 
 
 def facts_of(classroom: Classroom) -> dict[str, Any]:
@@ -119,6 +124,7 @@ def facts_of(classroom: Classroom) -> dict[str, Any]:
     data = classroom.data
     return {
         "device": devices.describe(classroom.device),
+        "ranks": dist.describe(),
         "data": {
             "name": data.name,
             "hash": data.hash,
@@ -155,11 +161,22 @@ def same_room(run: Run, classroom: Classroom) -> None:
 
 def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     """Train the session and write every learner's student; yields what `engine.train` yields."""
+    if resume:
+        dist.first(lambda: _note_ranks([session.run, *session.runs.values()]))
     yield from engine.train(session, resume=resume)
-    session.run.forget_previous()
+    dist.first(session.run.forget_previous)
     for learner in session.learners:
-        finish(session, learner)
+        dist.first(lambda learner=learner: finish(session, learner))
     yield from map(Notice, session.mentors.words())
+
+
+def _note_ranks(folders: list[Run]) -> None:
+    """Say in their provenance when runs go on with other ranks than before."""
+    for run in folders:
+        if run.begun:
+            before, now = run.provenance.get("ranks", "1"), dist.describe()
+            if before.rpartition("then ")[2] != now:
+                run.amend(ranks=f"{before}, then {now}")
 
 
 def finish(session: Session, learner: Learner) -> None:
@@ -205,6 +222,25 @@ def run_folder(out: str | None, recipe: Recipe, method: str) -> Run:
     student = (recipe.classroom.student or "model").partition("@")[0].partition(":")[2] or (
         recipe.classroom.student or "model"
     ).partition("@")[0]
-    run = runs.new(student, method, Path(out) if out else None)
-    run.check_free()
+
+    def choose() -> Run:
+        if again := dist.begun():  # a rank died before the first checkpoint
+            shutil.rmtree(again, ignore_errors=True)
+            return Run(Path(again))
+        run = runs.new(student, method, Path(out) if out else None)
+        run.check_free()
+        return run
+
+    run = dist.first(choose)
+    dist.begin(str(run.path))
     return run
+
+
+def begun() -> str | None:
+    """The run to continue after a rank of this very command died; None when it was not begun yet."""
+
+    def look() -> str | None:
+        path = dist.begun()
+        return path if path and Run(Path(path)).begun else None
+
+    return dist.first(look)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kdcli import board, memory
+from kdcli import board, dist, memory, shares
 from kdcli.data import Batch, DataSet, Stream
 from kdcli.errors import DataError, DivergedError, InterruptedRun, KdcliError, RecipeError, WeightsError
 from kdcli.evaluate import Score, score
@@ -83,16 +83,21 @@ class Session:
         if not self.mentors.ahead:
             asked = self.mentors.members and not self.mentors.banks
             long = (self.epochs - epoch) * len(self.stream) >= LONG
-            first = list(itertools.islice(self.stream.epoch(epoch), FARTHEST)) if long and asked else []
-            self.mentors.ahead = self.mentors.measure_ahead(first) if first else 1
+            self.mentors.ahead = dist.first(lambda: self._far_ahead(epoch)) if long and asked else 1
         failed = self.mentors.compile(self.config.batch_size, self.compiled)
         self.compiled = [name for name in self.compiled if name not in failed]
         return [f"{name} is not compiled: {why}" for name, why in failed.items()]
 
+    def _far_ahead(self, epoch: int) -> int:
+        return self.mentors.measure_ahead(list(itertools.islice(self.stream.epoch(epoch), FARTHEST)))
+
     def checkpoint(self, epoch: int, batch: int) -> None:
-        learners = {one.name: one.state() for one in self.learners}
-        state = {"epoch": epoch, "batch": batch, "ahead": self.mentors.ahead, "learners": learners}
-        self.run.checkpoint(state)
+        def save() -> None:
+            learners = {one.name: one.state() for one in self.learners}
+            state = {"epoch": epoch, "batch": batch, "ahead": self.mentors.ahead, "learners": learners}
+            self.run.checkpoint(state)
+
+        dist.first(save)
 
     def resume(self) -> tuple[int, int, list[str]]:
         """Go back to the last good checkpoint, or to the beginning where there is none yet.
@@ -100,17 +105,12 @@ class Session:
         Returns the epoch (from 0) and batch to continue with, and what should be said.
         """
         folders = [self.run, *(run for run in self.runs.values() if run is not self.run)]
-        for run in folders:
-            run.mend()
-        said = f"{self.run.path} had no checkpoint yet: it starts from the beginning"
-        state: dict[str, Any] = {"epoch": 0, "batch": 0, "notice": said}
-        if self.run.has_checkpoint:
-            state = self.run.load_checkpoint()
+        state = dist.first(lambda: self._stands(folders))
+        if "learners" in state:
             self.mentors.ahead = state["ahead"]
             for learner in self.learners:
                 self._load(learner, state["learners"])
-        for run in self.runs.values():
-            run.forget_after(state["epoch"])
+        dist.first(lambda: [run.forget_after(state["epoch"]) for run in self.runs.values()])
         notices = [state["notice"]] if "notice" in state else []
         failures = {run.provenance["diverged"] for run in folders if run.begun and "diverged" in run.provenance}
         notices += [
@@ -119,6 +119,15 @@ class Session:
             for failure in failures
         ]
         return state["epoch"], state["batch"], notices
+
+    def _stands(self, folders: list[Run]) -> dict[str, Any]:
+        """The last good checkpoint, or where there is none the beginning; the folders are mended on the way."""
+        for run in folders:
+            run.mend()
+        if self.run.has_checkpoint:
+            return self.run.load_checkpoint()
+        said = f"{self.run.path} had no checkpoint yet: it starts from the beginning"
+        return {"epoch": 0, "batch": 0, "notice": said}
 
     def _load(self, learner: Learner, states: dict[str, Any]) -> None:
         if learner.name not in states:
@@ -184,11 +193,14 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
                 for number, (batch, taught) in enumerate(signals.each(answered), first):
                     if number < done:
                         continue
+                    taught = None if taught is None else shares.whole(taught, batch, dim=1)
                     place = (epoch, number, epoch * batches + number)
                     with signals.breakable(saved == (epoch, done)):  # then nothing would be lost
                         told = _step(session, active, batch, taught, place)
-                    done, images = number + 1, images + len(batch.index)
-                    due = time.monotonic() - since >= 60 * session.config.checkpoint_minutes
+                    done, images = number + 1, images + len(batch.names.index)
+                    due = dist.anyone(time.monotonic() - since >= 60 * session.config.checkpoint_minutes)
+                    if not dist.alone() and dist.anyone(bool(signals.caught)):  # ranks stop together or not at all
+                        raise Stop
                     if due or done == batches:  # a checkpoint follows, and must be a good one
                         _check(active)
                     elif done % CHECK_EVERY == 0:
@@ -205,9 +217,11 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
                 rows = {one.name: _record(session, one, epoch, r) for one, r in zip(active, results, strict=True)}
                 save()
                 yield EpochEnd(epoch, session.epochs, rows)
-            with signals.breakable():
-                pass  # a signal that came last of all is not forgotten either
+            if dist.anyone(bool(signals.caught)):  # a signal that came last of all is not forgotten either
+                raise Stop
         except _Unreadable as error:
+            if not dist.alone():  # the other ranks are waiting in the middle of the next step
+                raise DataError(error.message, hint=error.hint) from error
             if saved != (epoch, done):
                 _check(learners)
                 save()
@@ -220,8 +234,9 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
                 _check(learners)
                 save()
             where = f"batch {done} of epoch {epoch + 1}" if done else f"epoch {epoch}" if epoch else "the start"
+            why = signals.caught[0] if signals.caught else "a signal to another rank"
             raise InterruptedRun(
-                f"stopped by {signals.caught[0]} after {where}; saved in {session.run.path}",
+                f"stopped by {why} after {where}; saved in {session.run.path}",
                 hint=f"Continue with --resume {session.run.path}",
             ) from None
 
@@ -295,11 +310,12 @@ def _record(session: Session, learner: Learner, epoch: int, result: dict[str, Sc
             if data.holdout:  # the test set only reports, so only a held-out slice may choose what is kept
                 learner.best["weights"] = learner.weights()
         if epoch in session.keep:
-            keep(run, f"epoch-{epoch:03d}", learner, epoch, result["test"].top1, learner.weights())
+            top1 = result["test"].top1
+            dist.first(lambda: keep(run, f"epoch-{epoch:03d}", learner, epoch, top1, learner.weights()))
     row = learner.row(epoch, result)
-    run.log(row)
+    dist.first(lambda: run.log(row))
     if session.config.tensorboard:
-        board.write(run.path, row)
+        dist.first(lambda: board.write(run.path, row))
     return row
 
 
@@ -309,7 +325,7 @@ def _divergence(session: Session) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        for run in session.runs.values():
+        for run in session.runs.values() if dist.rank() == 0 else ():
             with contextlib.suppress(KdcliError):  # a full disk must not hide the news
                 run.amend(diverged=error.message)
         raise

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli import device as devices
+from kdcli import device as devices, shares
 from kdcli.data import Split
 from kdcli.tasks.classify import calibration_error
 
@@ -37,30 +37,31 @@ class Report(Score):
 def answers(model: Model, split: Split, device: torch.device, batch_size: int = 256) -> Tensor:
     """All logits [N, K] of a split in order, float32 on the CPU; the model is left in the mode it was in.
 
-    Where memory runs out it goes on in batches of half the size: nothing couples the images here.
+    Where memory runs out it goes on in batches of half the size: nothing couples the images here. Several ranks divide
+    the split, and all of them must ask.
     """
     training = model.training if isinstance(model, nn.Module) else False
     if isinstance(model, nn.Module):
         model.eval()
+    own, size = shares.own_batches(split, batch_size), batch_size
     try:
-        while (out := _answers(model, split, device, batch_size)) is None:
-            batch_size //= 2
+        while (out := _answers(model, own, device, size)) is None:
+            size //= 2
     finally:
         if isinstance(model, nn.Module):
             model.train(training)
-    return out
+    return shares.rejoin(out, len(split), batch_size)
 
 
-def _answers(model: Model, split: Split, device: torch.device, batch_size: int) -> Tensor | None:
-    """As `answers`, but None when memory ran out, so that the error does not keep what was in it."""
+def _answers(model: Model, split: Split, device: torch.device, batch_size: int) -> list[Tensor] | None:
+    """Logits by batch, but None when memory ran out, so that the error does not keep what was in it."""
     try:
         with torch.inference_mode():
-            out = [model(batch.pixels).float().cpu() for batch in split.plain(batch_size, device)]
+            return [model(batch.pixels).float().cpu() for batch in split.plain(batch_size, device)]
     except RuntimeError as error:
         if batch_size == 1 or not devices.out_of_memory(error):
             raise
         return None
-    return torch.cat(out)
 
 
 def score(model: Model, split: Split, device: torch.device) -> Score:

@@ -3,7 +3,7 @@ behind belong together)."""
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -11,7 +11,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdcli import device as devices, methods, schedule, zoo
+from kdcli import device as devices, dist, methods, schedule, shares, zoo
 from kdcli.capture import Captured
 from kdcli.classroom import Classroom, Member
 from kdcli.data import Batch, DataSet
@@ -33,6 +33,7 @@ class Learner:
     def __init__(self, name: str, recipe: Recipe, classroom: Classroom, steps_per_epoch: int) -> None:
         self.name, self.recipe, self.classroom = name, recipe, classroom
         self.device, self.config = classroom.device, recipe.train
+        _seed(self.config.seed, self.device)  # for parameters that a method makes, at once or in its setup
         self.method = methods.build(recipe.method.name, recipe.method.options)
         check_method(self.method, recipe, classroom)
         mixing = bool(self.config.mixup or self.config.cutmix)
@@ -43,14 +44,18 @@ class Learner:
         self.generator = torch.Generator(self.device)
         self.student = classroom.student(self.config.seed)
         self.method.room = Room(self.student, classroom.mentors, data, self.task)
-        _seed(self.config.seed, self.device)
         self.method.setup(self.method.room, self._first_lesson())
         self.method.to(self.device)
+        if self.config.sync_bn:
+            for module in (self.student, *self.method.learners().values()):
+                dist.sync_norms(module)
         self.steps_per_epoch = steps_per_epoch
         self.phases = self.method.phases(self.config)
         self.epochs = sum(phase.epochs for phase in self.phases)
         self.ema = ModelEmaV3(self.method.graduate(), decay=self.config.ema) if self.config.ema else None
-        self.compiled = torch.compile(self.student, dynamic=False) if self.config.compile else self.student
+        self.compiled = self.student
+        if self.config.compile:
+            self.compiled = cast(nn.Module, torch.compile(self.student, dynamic=False))
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.now = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
         self.best: dict[str, Any] = {}
@@ -83,7 +88,14 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # pyright: ignore
         self.parameters = [p for p in parts.parameters() if p.requires_grad]
         self.tally, self.first_bad = Tally(), {}
-        self.update = Captured(self._update, (self.generator,)) if config.cuda_graph else self._update
+        self.recorded = Captured(self._learn_tensors, (self.generator,)) if config.cuda_graph else None
+        readers = {name: module for name, module in learners.items() if isinstance(module, Member)}
+        self.forward = {
+            name: dist.parallel(self.compiled if module is self.student else module, name in self.phase.learners)
+            for name, module in {"student": self.student, **readers}.items()
+        }
+        averaged = {p for module in self.forward.values() for p in module.parameters()}
+        self.replicated = [p for p in self.parameters if p not in averaged]
 
     def begin_epoch(self, epoch: int, sweep: Callable[["Learner"], Iterator[Lesson]], *, again: bool = False) -> None:
         """Enter the phase of `epoch` (from 0) and put those who learn in it in training mode.
@@ -110,32 +122,39 @@ class Learner:
         if self.config.cuda_graph:  # a recorded update reads its rates from where they lay then
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate.fill_(group["lr"])
-        _seed(_mix(self.config.seed, step), self.device)
+        _seed(_mix(self.config.seed, step, *dist.noise()), self.device)
         self._seed_noise(step)
         self.now.fill_(step)
         self.step_number, self.at = step, epoch + number / self.steps_per_epoch
-        update = self.update if self.accumulate == 1 else self._update  # what was recorded has no parts
-        names = (batch.pixels, batch.target, batch.index, batch.view)
-        update(*names, *(() if taught is None else (taught.out, *(taught.pooled or ()))))
+        if self.recorded is not None and self.accumulate == 1:  # what was recorded has no parts
+            names = (batch.pixels, batch.target, batch.index, batch.view)
+            self.recorded(*names, *(() if taught is None else (taught.out, *(taught.pooled or ()))))
+        else:
+            self._learn(batch, taught)
         if self.ema is not None:
             self.ema.update(self.method.graduate(), step=step)
-        self.tally.images += len(batch)
+        self.tally.images += len(batch.names.index)
         self.tally.batches += 1
         self.updating = False
 
-    def _update(self, *given: Tensor) -> None:
-        """The arithmetic of a step, from tensors (a batch's four, the mentors' logits and pooled vectors) to tensors:
-        forward, loss, backward, optimiser."""
+    def _learn_tensors(self, *given: Tensor) -> None:
+        """`_learn` of a batch's four tensors, the mentors' logits and pooled vectors."""
         pixels, target, index, view, *answers = given
-        batch = Batch(pixels, target, index, view)
         taught = View(answers[0], tuple(answers[1:]) or None) if answers else None
-        size = -(-len(batch) // self.accumulate)
+        self._learn(Batch(pixels, target, index, view), taught)
+
+    def _learn(self, batch: Batch, taught: View | None) -> None:
+        """The arithmetic of a step: forward, loss, backward, optimiser."""
+        count = len(batch.names.index)
+        size = -(-count // self.accumulate)
         self.optimizer.zero_grad(set_to_none=True)
         lesson = None
-        for part_number, lo in enumerate(range(0, len(batch), size)):
+        for part_number, lo in enumerate(range(0, count, size)):
             part, answers = take(batch, taught, slice(lo, lo + size))
-            share = len(part) / len(batch)
-            lesson = self.gradients(part, answers, self.at, self.step_number, part_number, share)
+            with dist.quiet(self.forward, last=lo + size >= count):
+                share = len(part.names.index) / count
+                lesson = self.gradients(part, answers, self.at, self.step_number, part_number, share)
+        dist.even_out(self.forward, self.replicated, batch)
         self.updating = True
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
@@ -147,11 +166,11 @@ class Learner:
 
     def gradients(self, part: Batch, answers: View | None, at: float, step: int, number: int, share: float) -> Lesson:
         """Add a micro-batch's `share` of the gradient and of the tally; `number` is its place in the batch."""
+        # compiled for whole batches only, so that the short last one compiles nothing anew
+        whole = len(part.names.index) == self.config.batch_size // self.config.accumulate
         with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
-            views = {"student": View(self._forward(part.pixels))}
-            for name, module in self.method.learners().items():
-                if isinstance(module, Member) and module is not self.student:
-                    views[name] = View(module(part.pixels))
+            own = {name: View(self._forward(name, part.pixels, whole)) for name in self.forward}
+        views = {name: shares.whole(view, part) for name, view in own.items()}
         if number:  # micro-batches draw different noise
             self._seed_noise(step, number)
         lesson = self._lesson(part, views, answers, at, step)
@@ -160,10 +179,10 @@ class Learner:
         self._note(lesson, terms, share)
         return lesson
 
-    def _forward(self, pixels: Tensor) -> Tensor:
-        """The student's logits; compiled for whole batches only, so that the short last one compiles nothing anew."""
-        whole = len(pixels) == self.config.batch_size // self.config.accumulate
-        return self.compiled(pixels) if whole else self.student(pixels)
+    def _forward(self, name: str, pixels: Tensor, whole: bool) -> Tensor:
+        """A learner's logits."""
+        eager = name == "student" and not whole and dist.alone()
+        return self.student(pixels) if eager else self.forward[name](pixels)
 
     @property
     def coupled(self) -> bool:
@@ -184,8 +203,8 @@ class Learner:
         return self._lesson(batch, {"student": self.look(batch)}, mentors, epoch, step)
 
     def _lesson(self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int) -> Lesson:
-        student = views["student"]
-        return Lesson(batch.target, batch.index, epoch, step, self.task, self.generator, student, views, mentors)
+        student, names = views["student"], batch.names
+        return Lesson(names.target, names.index, epoch, step, self.task, self.generator, student, views, mentors)
 
     def _seed_noise(self, step: int, part: int = 0) -> None:
         self.generator.manual_seed(_mix(self.config.seed, step, 1 + part))
@@ -342,6 +361,7 @@ def check_graph(method: methods.Method, recipe: Recipe, device: torch.device, pr
         f"train.accumulate = {train.accumulate} seeds in between": train.accumulate > 1,
         f"train.optimizer = {train.optimizer!r} is not sgd, adam or adamw": train.optimizer not in GRAPHED,
         f"method {recipe.method.name} counts steps on the host": not method.capturable,
+        "several ranks exchange answers within a step": not dist.alone(),
     }
     if train.cuda_graph and (why := [reason for reason, true in reasons.items() if true]):
         raise RecipeError(f"train.cuda_graph: {'; '.join(why)}", hint="--set train.cuda_graph=false")
@@ -368,10 +388,9 @@ def make_optimizer(parts: nn.Module, config: TrainConfig) -> Optimizer:
 
 def take(batch: Batch, taught: View | None, rows: slice) -> tuple[Batch, View | None]:
     """Some rows of a batch, with the mentors' answers to them."""
-    if rows.start == 0 and rows.stop >= len(batch.index):
+    if rows.start == 0 and rows.stop >= len(batch.names.index):
         return batch, taught
-    part = Batch(batch.pixels[rows], batch.target[rows], batch.index[rows], batch.view[rows])
-    return part, None if taught is None else taught.of_mentors(rows)
+    return shares.micro(batch, rows.start, rows.stop), None if taught is None else taught.of_mentors(rows)
 
 
 def _seed(seed: int, device: torch.device) -> None:

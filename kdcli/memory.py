@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdcli import device as devices
+from kdcli import device as devices, dist
 from kdcli.data import Batch
 from kdcli.errors import OutOfMemory
 from kdcli.methods import View
@@ -31,9 +31,9 @@ def step(
     Returns what should be said of it, or nothing. Raises OutOfMemory (exit 3) with the account.
     """
     said = ""
-    while not _fits(learner, len(batch.index), lambda: learner.step(batch, taught, epoch, number, at)):
+    while not _fits(learner, len(batch.names.index), lambda: learner.step(batch, taught, epoch, number, at)):
         size = -(-len(batch.index) // learner.accumulate)
-        if learner.updating or learner.coupled or size < 2 * FEWEST:
+        if learner.updating or learner.coupled or size < 2 * FEWEST or not dist.alone():
             raise _account(session, learner, batch, taught, at)
         learner.accumulate *= 2
         size = -(-len(batch.index) // learner.accumulate)
@@ -102,6 +102,9 @@ def _account(session: "Session", learner: "Learner", batch: Batch, taught: View 
     message = f"{learner.name}: out of memory {where}: {_taken(session)}"
     if learner.updating:
         hint = "--set train.optimizer=sgd keeps one number a weight beside it, adamw two; or a smaller student."
+        return OutOfMemory(message, hint=hint)
+    if not dist.alone():  # no rank can try alone
+        hint = "A smaller --set train.batch_size" + ("." if learner.coupled else ", or --set train.accumulate=2.")
         return OutOfMemory(message, hint=hint)
     fits, most, each = _tried(learner, batch, taught, at)
     if not fits:

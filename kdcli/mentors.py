@@ -149,7 +149,7 @@ class Mentors:
 
     def _banked(self, batch: Batch) -> list[Answer]:
         """Read what the banks have, ask for the rest and put it there; the device is not waited for."""
-        rows = self.banks[0].rows_of(*batch.names())  # one training set: its rows are the same in every bank
+        rows = self.banks[0].rows_of(*batch.on_host())  # one training set: its rows are the same in every bank
         there = moved(rows.clamp(min=0), self.device)
         found = [bank.read(rows, there) for bank in self.banks]
         lacking: dict[bytes, list[int]] = {}  # mostly all lack the same, and are asked together

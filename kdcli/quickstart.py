@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdcli import compare, distill, files, recipe as recipes, run as runs, weights, zoo
+from kdcli import compare, dist, distill, files, recipe as recipes, run as runs, weights, zoo
 from kdcli.classroom import Classroom, seat
 from kdcli.compare import Comparison
 from kdcli.data import open_data
@@ -80,12 +80,16 @@ def train_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:
         }
         solo = recipes.from_dict(own, "quickstart mentor")
         _, classroom = distill.open_room(solo, device, mentors=False)
-        folder = runs.new(arch, "train")
+        folder = dist.first(lambda arch=arch: runs.new(arch, "train"))
         session = distill.open_session({"nokd": solo}, classroom, folder, {"nokd": folder})
         with folder.writing():
             distill.start(session, "train", classroom)
             follow(distill.go(session), f"mentor {arch}")
-        zoo.add(weights.load_state(folder.path / "student.safetensors"), zoo.read_card(folder.path / "student.toml"))
+        dist.first(lambda folder=folder: _into_zoo(folder))
+
+
+def _into_zoo(folder: Run) -> None:
+    zoo.add(weights.load_state(folder.path / "student.safetensors"), zoo.read_card(folder.path / "student.toml"))
 
 
 def prepare_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:

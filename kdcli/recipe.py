@@ -90,6 +90,7 @@ class TrainConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     mixup: float = Field(default=0.0, ge=0.0)
     cutmix: float = Field(default=0.0, ge=0.0)
+    sync_bn: bool = False  # batch norms over all GPUs' images; else each GPU normalises by its own share of a batch
     compile: bool = False  # torch.compile the student
     cuda_graph: bool = False  # record the whole step as CUDA graphs; refused where a step is not always the same
     tensorboard: bool = False  # also write the metrics for TensorBoard (an extra: pip install "kdcli[tensorboard]")

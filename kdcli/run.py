@@ -100,7 +100,10 @@ class Run:
 
         An interruption outside the engine's loop, which saves for itself, says how to go on.
         """
-        with lock.hold(self.path):
+        from kdcli import dist
+
+        with contextlib.ExitStack() as stack:
+            dist.first(lambda: stack.enter_context(lock.hold(self.path)))  # one rank writes for all
             try:
                 yield
             except KeyboardInterrupt:

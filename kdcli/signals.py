@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from kdcli import dist
+
 T = TypeVar("T")
 
 
@@ -31,7 +33,7 @@ class Signals:
             signal.signal(number, handler or signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
 
     def _note(self, number: int, _frame: object) -> None:
-        if self.caught and number == signal.SIGINT:
+        if self.caught and number == signal.SIGINT and dist.alone():  # a launcher passes on what came to all
             raise KeyboardInterrupt
         self.caught.append(signal.Signals(number).name)
         if self._open:
@@ -40,8 +42,11 @@ class Signals:
 
     @contextlib.contextmanager
     def breakable(self, when: bool = True) -> Iterator[None]:
-        """Let a signal, also one that has come already, break off the block with `Stop` (`when`: if at all)."""
-        if not when:
+        """Let a signal, also one that has come already, break off the block with `Stop` (`when`: if at all).
+
+        One of several ranks is never broken off: the others would wait for it.
+        """
+        if not when or not dist.alone():
             yield
             return
         self._open = True

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli import distill, engine, learner, methods, names, weights, zoo
+from kdcli import distill, engine, learner, methods, names, shares, weights, zoo
 from kdcli.data import Batch
 from kdcli.engine import EpochEnd, Notice, Step
 from kdcli.errors import DivergedError, InterruptedRun, RecipeError
@@ -539,7 +539,7 @@ def test_a_step_reports_where_the_loop_is(tmp_path: Path) -> None:
 
 def test_parts_of_a_batch_keep_their_names() -> None:
     batch = Batch(torch.rand(6, 3, 8, 8), torch.arange(6), torch.arange(10, 16), torch.arange(20, 26))
-    part, _ = learner.take(batch, None, slice(2, 4))
+    part = shares.micro(batch, 2, 4)
     assert part.index.tolist() == [12, 13]
     assert part.view.tolist() == [22, 23]
     assert torch.equal(part.pixels, batch.pixels[2:4])

@@ -431,9 +431,9 @@ def short_of_memory(learner: Learner, most: int, *, step: int = 0) -> list[int]:
     """Let `learner` have memory for `most` images from a step on; the sizes it was asked for."""
     forward, asked = learner._forward, []
 
-    def limited(pixels: Tensor) -> Tensor:
+    def limited(name: str, pixels: Tensor, whole: bool) -> Tensor:
         asked.append(len(pixels))
-        out = forward(pixels)  # batch statistics are touched before memory runs out
+        out = forward(name, pixels, whole)  # batch statistics are touched before memory runs out
         if len(pixels) > most and len(asked) > step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return out
@@ -524,7 +524,7 @@ def test_mentors_without_memory_are_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_other_faults_of_a_step_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = kit.session(kit.recipe("aver"), tmp_path / "run")
 
-    def breaks(_: Tensor) -> Tensor:
+    def breaks(*_: object) -> Tensor:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     opened.learners[0]._forward = breaks

@@ -1,6 +1,7 @@
 """The command line: one short file per command, heavy imports inside them, so that --help is quick."""
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ COMMANDS = (
     "quickstart", "distill", "compare", "train", "evaluate", "export", "bench", "check",
     "models", "recipes", "runs", "zoo", "data", "bank", "doctor",
 )  # fmt: skip
+typed: list[str] = []  # this process's command line, for those who start it again in others
 
 
 class _InOrder(TyperGroup):
@@ -74,11 +76,23 @@ def _examples(lines: tuple[str, ...]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with the exit code of DESIGN section 7; 1 is a fault of kdcli's own."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
+    debug, ranked = "--debug" in argv, False
+    typed[:] = argv
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+        from kdcli import dist, launch
+
+        ranked = dist.expected() > 1
     try:
         with _terminated():
+            if ranked:
+                launch.enter(argv)
             code = _app()(args=[arg for arg in argv if arg != "--debug"], prog_name="kdcli", standalone_mode=False)
+            if ranked and not code:
+                dist.part()
     except (Exception, KeyboardInterrupt) as error:
+        if ranked:
+            launch.leave(error, _complain, debug=debug)
         if debug and not isinstance(error, (UsageError, typer.Abort, KeyboardInterrupt)):
             raise
         sys.exit(_complain(error))

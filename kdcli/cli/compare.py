@@ -34,6 +34,7 @@ def compare(
     skip_corrupt: o.SkipCorrupt = False,
     bank: o.Bank = False,
     device: o.Device = None,
+    gpus: o.Gpus = None,
     out: o.Out = None,
     resume: o.Resume = None,
     json: o.Json = False,
@@ -47,12 +48,13 @@ def compare(
         set=sets, out=out, independent=independent, methods=methods, seeds=seeds, run=run, data_root=data_root,
         skip_corrupt=skip_corrupt, bank=bank,
     )  # fmt: skip
-    from kdcli import device as devices
+    from kdcli import distill as room
     from kdcli.cli import show
     from kdcli.cli.distill import to_resume
     from kdcli.errors import RecipeError
 
-    picked = devices.pick(device)
+    picked = o.place(device, gpus)
+    resume = resume or room.begun()
     if resume:
         folder = to_resume(resume, "compare", finished_too=True)
         found = resumed(folder, picked, quiet=json)
@@ -96,7 +98,7 @@ def _base(run):
 
 def compared(config, names, seeds, device, out, notes, *, independent=False, quiet=False):
     """Run a comparison; returns it and its folder."""
-    from kdcli import compare as room, distill, methods as known, quickstart
+    from kdcli import compare as room, dist, distill, methods as known, quickstart
     from kdcli.cli import show
 
     for name in names:
@@ -113,7 +115,7 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
     with folder.writing():
         room.start(session, classroom, config, names, seeds)
         show.follow(room.go(session), f"{len(session.learners)} students", quiet=quiet)
-    return room.summarise(folder), folder
+    return dist.first(lambda: room.summarise(folder)), folder
 
 
 def _teller(notes, quiet):
@@ -130,11 +132,11 @@ def _teller(notes, quiet):
 
 def resumed(folder, device, *, quiet=False):
     """Continue a compare where it stopped."""
-    from kdcli import compare as room, distill
+    from kdcli import compare as room, dist, distill
     from kdcli.cli import show
 
-    if folder.finished:
-        return room.summarise(folder), folder
+    if dist.first(lambda: folder.finished):
+        return dist.first(lambda: room.summarise(folder)), folder
     with folder.writing():
         config, facts = folder.recipe, folder.provenance
         if facts["independent"]:
@@ -145,7 +147,7 @@ def resumed(folder, device, *, quiet=False):
             distill.same_room(folder, classroom)
             session = room.open_session(config, facts["methods"], facts["train_seeds"], classroom, folder)
             show.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
-    return room.summarise(folder), folder
+    return dist.first(lambda: room.summarise(folder)), folder
 
 
 def show_comparison(comparison) -> None:

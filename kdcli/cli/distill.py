@@ -22,6 +22,7 @@ def distill(
     skip_corrupt: o.SkipCorrupt = False,
     bank: o.Bank = False,
     device: o.Device = None,
+    gpus: o.Gpus = None,
     out: o.Out = None,
     resume: o.Resume = None,
     json: o.Json = False,
@@ -31,10 +32,11 @@ def distill(
         resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
         seed=seed, set=sets, out=out, data_root=data_root, skip_corrupt=skip_corrupt, bank=bank,
     )  # fmt: skip
-    from kdcli import device as devices, distill as room, run as runs
+    from kdcli import distill as room, run as runs
     from kdcli.cli import show
 
-    picked = devices.pick(device)
+    picked = o.place(device, gpus)
+    resume = resume or room.begun()
     if resume:
         run = to_resume(resume, "distill")
         config, notes = run.recipe, []
@@ -53,7 +55,7 @@ def distill(
 
 def to_resume(name, kind, *, finished_too=False):
     """The run that --resume names. Raises RecipeError when it is finished, or another command's."""
-    from kdcli import run as runs
+    from kdcli import dist, run as runs
     from kdcli.errors import RecipeError
 
     run = runs.find(name, learner=False)
@@ -62,7 +64,7 @@ def to_resume(name, kind, *, finished_too=False):
         raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli compare --resume {whole.path}")
     if run.kind != kind:
         raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
-    if run.finished and not finished_too:
+    if run.finished and not finished_too and not dist.attempt():  # a rank may have died after the end
         raise RecipeError(f"{run.path} is finished", hint=f"`kdcli runs show {run.path}` prints it.")
     return run
 
@@ -71,7 +73,7 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
     """Train one recipe into `run` and print its outcome; shared by distill and train."""
     import contextlib
 
-    from kdcli import distill as room, methods
+    from kdcli import dist, distill as room, methods
     from kdcli.cli import show
 
     with contextlib.ExitStack() as stack:
@@ -88,7 +90,7 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
             room.start(session, kind, classroom)
         label = config.classroom.student.partition("@")[0] if kind == "train" else config.method.name
         show.follow(room.go(session, resume=resume), label, quiet=quiet)
-    result = room.result(config.method.name, run)
+    result = dist.first(lambda: room.result(config.method.name, run))
     if not quiet:
         published = config.expect.top1.get(config.method.name) if config.expect else None
         rows = [["top-1 %", f"{result.top1:.2f}"], ["of epoch", result.epoch]]

@@ -2,13 +2,16 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcli import recipe as recipes
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "pack", "npz")
 
@@ -25,6 +28,10 @@ Epochs = Annotated[int | None, typer.Option(help="Length of the training.", min=
 Seed = Annotated[int | None, typer.Option(help="Initial weights and noise (train.seed).", min=0)]
 Seeds = Annotated[str | None, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.", metavar="N|A,B")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, mps; default: the best here.", metavar="NAME")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(help="Divide every batch among N GPUs; with --device cpu, among N processes.", min=1, metavar="N"),
+]
 Out = Annotated[
     str | None, typer.Option(help="The run's folder (default runs/<time>-<student>-<method>).", metavar="DIR")
 ]
@@ -124,6 +131,21 @@ def typed(command: str, sets: list[str] | None, skip_corrupt: bool, **given: obj
     ]
     words += [f"--set {shlex.quote(pair)}" for pair in sets or []] + ["--skip-corrupt"] * skip_corrupt
     return " ".join([command, *words])
+
+
+def place(device: str | None, gpus: int | None) -> "torch.device":
+    """The device to compute on. With `gpus` the command goes on in ranks instead, and this process leaves with them."""
+    from kdcli import cli, device as devices, dist
+    from kdcli.cli import show
+
+    if gpus is not None and dist.expected() == 1:
+        from kdcli import launch
+
+        launch.launch(cli.typed, gpus, device, debug="--debug" in cli.typed)
+    picked = dist.join(devices.pick(device), gpus)
+    if dist.attempt():
+        show.errors.print(f"[dim]a rank died: all were started again, {dist.attempt()} times so far[/]")
+    return picked
 
 
 def no_flags_with_resume(resume: str | None, **flags: object) -> None:

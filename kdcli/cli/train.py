@@ -27,6 +27,7 @@ def train(
     data_root: o.Root = None,
     skip_corrupt: o.SkipCorrupt = False,
     device: o.Device = None,
+    gpus: o.Gpus = None,
     out: o.Out = None,
     resume: o.Resume = None,
     json: o.Json = False,
@@ -36,13 +37,14 @@ def train(
         resume, model=model, data=data, recipe=recipe, epochs=epochs, seed=seed, set=sets, out=out, keep=keep,
         data_root=data_root, skip_corrupt=skip_corrupt,
     )  # fmt: skip
-    from kdcli import device as devices, distill as room, recipe as recipes
+    from kdcli import dist, distill as room, recipe as recipes
     from kdcli.cli import show
     from kdcli.cli.distill import to_resume, train_one
     from kdcli.errors import RecipeError
     from kdcli.recipe import Recipe
 
-    picked = devices.pick(device)
+    picked = o.place(device, gpus)
+    resume = resume or room.begun()
     if resume:
         run = to_resume(resume, "train", finished_too=True)  # one that was finished may not be in the zoo yet
         config, notes = run.recipe, []
@@ -61,7 +63,7 @@ def train(
         run = room.run_folder(out, config, "train")
         wanted = _epochs(keep, config.train.epochs)
     outcome = train_one(config, run, picked, "train", notes=notes, resume=bool(resume), quiet=json, keep=wanted)
-    added, name = into_zoo(run), str(config.classroom.student).partition("@")[0]
+    added, name = dist.first(lambda: into_zoo(run)), str(config.classroom.student).partition("@")[0]
     if json:
         show.as_json({**outcome, "zoo": added.model_dump()})
         return

@@ -1,8 +1,8 @@
 """What a data set is to the rest of the house: splits of named samples, and batches of them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from kdcli.capture import Captured
 from kdcli.data.views import PLAIN, Views
+
+if TYPE_CHECKING:
+    from kdcli.shares import Whole
 
 STD_FLOOR = 1e-2  # a channel that never changes must not be divided by nothing
 Device = torch.device | str
@@ -23,6 +26,7 @@ class Batch:
     pixels [B,3,S,S] float32 in [0,1] (float data: as stored), not normalised; target [B] int64, or [B,K] float after
     mixup; index [B] int64 each sample's number in its full set; view [B] int64 the name of its augmented reading, -1
     when plain; host index and view on the CPU, where they are at hand, to be read without waiting for a device.
+    With several ranks: this rank's share of a `whole` batch.
     """
 
     pixels: Tensor
@@ -30,15 +34,21 @@ class Batch:
     index: Tensor
     view: Tensor
     host: tuple[Tensor, Tensor] | None = None
+    whole: "Whole | None" = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def to(self, device: Device) -> "Batch":
-        pixels, target, index, view = (moved(x, device) for x in (self.pixels, self.target, self.index, self.view))
-        return Batch(pixels, target, index, view, self.host)
+    @property
+    def names(self) -> "Batch | Whole":
+        """Target and index of all its samples, those of other ranks too."""
+        return self.whole or self
 
-    def names(self) -> tuple[Tensor, Tensor]:
+    def to(self, device: Device) -> "Batch":
+        here = {name: moved(getattr(self, name), device) for name in ("pixels", "target", "index", "view")}
+        return replace(self, **here)
+
+    def on_host(self) -> tuple[Tensor, Tensor]:
         """Index and view on the CPU; waits for the device only where nobody kept them."""
         return self.host or (self.index.cpu(), self.view.cpu())
 
@@ -116,6 +126,8 @@ class Split:
 
     def plain(self, batch_size: int, device: Device = "cpu") -> Iterator[Batch]:
         """In order, unaugmented; the last batch may be short."""
+        if not len(self):  # a rank's share of a few images may be none; torch would split it into one empty batch
+            return
         view = torch.full_like(self.index, PLAIN)
         host = zip(self.index.split(batch_size), view.split(batch_size), strict=True)
         names = zip(*(x.to(device).split(batch_size) for x in (self.targets, self.index, view)), strict=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from timm.data.imagenet_info import ImageNetInfo
 
+from kdcli import dist
 from kdcli.data import arrays, folder, gpu, pack
 from kdcli.data.base import DataSet, Device, Pixels, Split, Store, moments, square
 from kdcli.data.decode import Part
@@ -216,8 +217,9 @@ def here_or(root: Path, where: str) -> Path:
 
 
 def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use, shared with the other ranks on this machine."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(here // dist.neighbours(), 1)
 
 
 def _open_files(

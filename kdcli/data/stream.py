@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from timm.data.mixup import Mixup
 from torch import Tensor
 
+from kdcli import shares
 from kdcli.data.base import Batch, DataSet, Device
 from kdcli.data.views import number
 from kdcli.errors import RecipeError
@@ -22,7 +23,7 @@ class Stream:
     `mixup` (arXiv 1710.09412) or `cutmix` (arXiv 1905.04899), the Beta parameters (both: one of them by a coin a
     batch), targets are [B,K] with `label_smoothing` folded in, and an odd last batch is dropped, since images are mixed
     in pairs; without, targets are int64 and smoothing is the loss's business. Raises RecipeError when a batch would be
-    larger than the training set.
+    larger than the training set. Each of several ranks draws its own rows of the same batches.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Stream:
         view = train.store.views.draw(self.seed, epoch, index)
         host = zip(index.split(size), view.split(size), strict=True)
         names = zip(*(x.to(self.device).split(size) for x in (train.targets[rows], index, view)), strict=True)
-        pixels = train.store.batches(index, view, size, self.device)
+        mine, few = shares.own_rows(len(rows), size, self.mixing)
+        pixels = train.store.batches(index[mine], view[mine], few, self.device)
         for n, (x, (target, index, view), here) in enumerate(zip(pixels, names, host, strict=True), start):
             if self.mixing:
                 x, target = self._mix(x, target, number(self.seed, epoch, MIX, n))
-            yield Batch(x, target, index, view, here)
+            yield shares.divide(Batch(x, target, index, view, here), self.mixing)
 
     def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:
         """The pixels an epoch yielded under these names, to the bit (before mixing, which has no name)."""
