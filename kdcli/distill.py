@@ -72,7 +72,7 @@ def open_session(
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
     if any(learner.method.teachers for learner in learners):
-        pooled = any("pooled" in learner.method.needs for learner in learners)
+        pooled = any(learner.method.teachers and "pooled" in learner.method.needs for learner in learners)
         mentors = fill.open_mentors(classroom, recipe, pooled=pooled)
     else:
         mentors = Mentors([], precision, device)

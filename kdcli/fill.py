@@ -158,14 +158,11 @@ def build(mentors: Mentors, classroom: Classroom, recipe: Recipe, epochs: int | 
             lack = (~torch.stack([bank.has(rows) for bank in mentors.banks]).all(0)).nonzero()[:, 0]
             done = (n + 1) * len(train) - len(lack)
             yield done, passes * len(train)
-            if not len(lack):
-                continue
             index, named = train.index[lack], view[lack]
             names = zip(train.targets[lack].split(size), index.split(size), named.split(size), strict=True)
             try:
-                for pixels, (target, some, its) in zip(
-                    train.store.batches(index, named, size, device), names, strict=True
-                ):
+                images = train.store.batches(index, named, size, device) if len(lack) else ()
+                for pixels, (target, some, its) in zip(images, names, strict=False):
                     mentors.answer(Batch(pixels, target, some, its, (some, its)).to(device))
                     done += len(some)
                     yield done, passes * len(train)

@@ -58,7 +58,7 @@ class Learner:
         if self.method.needs <= {"hard_target", "full_batches"}:
             return None
         batch = next(self.classroom.data.train.plain(2, self.device))
-        mentors = Mentors(self.classroom.mentors, "fp32", self.device)
+        mentors = Mentors(self.classroom.mentors, "fp32", self.device, pooled="pooled" in self.method.needs)
         return self._lesson(batch, {"student": self.look(batch)}, mentors.answer(batch), 0.0, 0)
 
     def _enter(self, number: int) -> None:

@@ -575,6 +575,8 @@ def test_an_interrupted_building_goes_on_where_it_stopped(number: int) -> None:
     steps, after = built(config)
     assert steps[-1][0] == steps[-1][1]
     assert after.banks[0].filled == 1
+    with pytest.raises(InterruptedRun):  # also where there is nothing to do but to look
+        [raise_signal(number) for _ in fill.build(after, room, config, None)]
 
 
 # --- pooled features --------------------------------------------------------------------------------------------------
