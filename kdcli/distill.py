@@ -79,7 +79,7 @@ def open_session(
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
     if any(learner.method.teachers for learner in learners):
-        pooled = any("pooled" in learner.method.needs for learner in learners)
+        pooled = any(learner.method.teachers and "pooled" in learner.method.needs for learner in learners)
         ahead, graph = recipe.classroom.ahead or 0, config.cuda_graph
         mentors = dist.in_turn(
             lambda: fill.open_mentors(classroom, recipe, pooled=pooled, ahead=ahead, cuda_graph=graph)

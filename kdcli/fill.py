@@ -161,8 +161,9 @@ def build(mentors: Mentors, classroom: Classroom, recipe: Recipe, epochs: int | 
                 lack = (~torch.stack([bank.has(rows) for bank in mentors.banks]).all(0)).nonzero()[:, 0]
                 done = (n + 1) * len(train) - len(lack)
                 yield done, passes * len(train)
-                if not len(lack):
-                    continue
+                with signals.breakable():
+                    if not len(lack):
+                        continue
                 index, named = train.index[lack], view[lack]
                 names = zip(train.targets[lack].split(size), index.split(size), named.split(size), strict=True)
                 drawn = train.store.batches(index, named, size, device)

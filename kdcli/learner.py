@@ -69,9 +69,12 @@ class Learner:
         if self.method.needs <= {"hard_target", "full_batches"}:
             return None
         batch = next(self.classroom.data.train.plain(2, self.device))
+        mentors, pooled = self.classroom.mentors, "pooled" in self.method.needs
         with torch.no_grad():
-            out = [mentor(batch.pixels).float() for mentor in self.classroom.mentors]
-        return self.lesson(batch, View(torch.stack(out)) if out else None, 0.0, 0)
+            seen = [mentor.look(batch.pixels) if pooled else (mentor(batch.pixels), None) for mentor in mentors]
+        vectors = tuple(some.float() for _, some in seen if some is not None)
+        view = View(torch.stack([out.float() for out, _ in seen]), vectors or None) if seen else None
+        return self.lesson(batch, view, 0.0, 0)
 
     def _enter(self, number: int) -> None:
         """Begin a phase: an optimiser for its learners and the method's own parameters."""

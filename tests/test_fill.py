@@ -144,14 +144,11 @@ def test_a_bank_in_device_memory_ends_with_the_same_bits(tmp_path: Path) -> None
     assert kit.same(weights_of(warm.run), weights_of(cold))
 
 
-@pytest.mark.parametrize("stop", [(1, 2), (2, 3)], ids=str)
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
-    tmp_path: Path, stop: tuple[int, int], without_banks: Callable[[], None]
-) -> None:
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, without_banks: Callable[[], None]) -> None:
     config = banked(**{"train.epochs": 3, "train.ema": 0.9})
     stopped = kit.session(config, tmp_path / "run")
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(stopped), kit.at(*stop, lambda _: raise_signal(signal.SIGTERM)))
+        kit.drive(distill.go(stopped), kit.at(2, 3, lambda _: raise_signal(signal.SIGTERM)))
     kit.drive(distill.go(kit.session(config, tmp_path / "run", resume=True), resume=True))
     warm = kit.trained(config, tmp_path / "warm")
     assert kit.same(weights_of(Run(tmp_path / "run")), weights_of(warm))
@@ -203,7 +200,7 @@ def test_a_run_killed_while_it_writes_to_a_bank_ends_with_the_same_bits(
 
 @forked
 def test_two_processes_fill_one_bank_at_once(tmp_path: Path) -> None:
-    config = banked(**{"train.epochs": 6})
+    config = banked(**{"train.epochs": 4})
     both = [run_apart(config, tmp_path / str(n)) for n in range(2)]
     for one in both:
         one.join()
@@ -411,11 +408,11 @@ def test_plain_images_are_answered_live_and_not_kept(tmp_path: Path) -> None:
 
 
 def test_limited_views_of_an_uncountable_augmentation_are_banked(tmp_path: Path) -> None:
-    config = banked(**{"data.augment": "cutout", "data.views": 2, "train.epochs": 8})
+    config = banked(**{"data.augment": "cutout", "data.views": 2, "train.epochs": 4})
     cold = kit.trained(config, tmp_path / "cold")
     bank = Bank(banks.every()[0])
     assert bank.rows == 30 * 2
-    assert bank.filled > 0.9
+    assert bank.filled > 0.8
     warm = kit.session(config.with_(**{"data.seed": 0}), tmp_path / "warm")
     silence(warm.mentors)
     kit.drive(distill.go(warm))
@@ -577,6 +574,8 @@ def test_an_interrupted_building_goes_on_where_it_stopped(number: int) -> None:
     steps, after = built(config)
     assert steps[-1][0] == steps[-1][1]
     assert after.banks[0].filled == 1
+    with pytest.raises(InterruptedRun):  # also where there is nothing to do but to look
+        [raise_signal(number) for _ in fill.build(after, room, config, None)]
 
 
 # --- pooled features --------------------------------------------------------------------------------------------------
