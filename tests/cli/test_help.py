@@ -12,7 +12,8 @@ from kdcli import __version__
 from kdcli.cli import COMMANDS, _app
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-GROUPS = {"recipes": ("ls", "cat", "cp"), "runs": ("ls", "show", "rm"), "zoo": ("ls", "add", "verify"), "data": ("ls",)}
+GROUPS = {"recipes": ("ls", "cat", "cp"), "runs": ("ls", "show", "rm"), "zoo": ("ls", "add", "verify"),
+          "data": ("ls", "pack")}  # fmt: skip
 EVERY = [(name,) for name in COMMANDS if name not in GROUPS] + [(g, sub) for g, subs in GROUPS.items() for sub in subs]
 
 
