@@ -146,7 +146,7 @@ def same_room(run: Run, classroom: Classroom) -> None:
         raise RecipeError(
             f"{run.path}/recipe.toml is not the one the run began with", hint="Put it back, or start a new run with it."
         )
-    if any(before["data"][key] != now["data"][key] for key in ("hash", "pixels")):
+    if any(before["data"].get(key, "") not in ("", now["data"][key]) for key in ("hash", "pixels")):
         raise WeightsError(
             f"{run.path} was trained on other pictures than {classroom.data.name} holds now",
             hint="Put the old data back, or start a new run.",

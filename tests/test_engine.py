@@ -343,14 +343,8 @@ def test_provenance_tells_where_a_result_came_from(tmp_path: Path, monkeypatch: 
     assert {"kdcli", "python", "torchvision", "timm", "numpy", "onnxruntime"} <= facts["versions"].keys()
     assert facts["device"].endswith("threads")
     data = opened.data
-    assert facts["data"] == {
-        "name": "digits",
-        "hash": data.hash,
-        "pixels": data.hash,
-        "image_size": 8,
-        "train": 30,
-        "test": 360,
-    }
+    counts = {"image_size": 8, "train": 30, "test": 360}
+    assert facts["data"] == {"name": "digits", "hash": data.hash, "pixels": data.hash, **counts}
     cards = {card.architecture: card for card in zoo.cards(shipped=False)}
     for arch in kit.MENTORS:
         path = zoo.weights_path(cards[f"zoo:{arch}"])

@@ -36,7 +36,7 @@ def ls(data_root: o.Root = None, json: o.Json = False) -> None:
 def pack(
     data: o.Data = None,
     file: Annotated[str | None, typer.Option(help="Where to write (default: DIR.pack beside the folder).")] = None,
-    size: Annotated[int, typer.Option(help="Longest short side, in pixels; larger images are shrunk.", min=8)] = 256,
+    size: Annotated[int, typer.Option(help="Pixels that a larger short side is shrunk to.", min=8)] = 256,
     quality: Annotated[int, typer.Option(help="JPEG quality of those that are not copied.", min=1, max=100)] = 90,
     data_root: o.Root = None,
     skip_corrupt: o.SkipCorrupt = False,

@@ -36,10 +36,12 @@ class Listing:
         return len(self.files)
 
     def read(self, row: int) -> np.ndarray:
-        return np.fromfile(self.where(row), dtype=np.uint8)
+        with open(self.where(row), "rb", buffering=0) as file:  # np.fromfile takes twice as long
+            data = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8)
+            return data[: file.readinto(data.data)]
 
     def where(self, row: int) -> str:
-        return str(self.root / os.fsdecode(bytes(self.files[row])))
+        return os.path.join(self.root, os.fsdecode(bytes(self.files[row])))
 
     def keep(self, rows: np.ndarray) -> "Listing":
         return Listing(self.root, self.classes, self.files[rows], self.sizes[rows], self.labels[rows])

@@ -97,17 +97,16 @@ class Readers:
         if self._threads is None:
             if self.kind == "processes":
                 for _ in range(self.workers):
-                    self._hire()
+                    self._idle.put(self._hired())
                 multiprocessing.util.Finalize(self, _end, (self.processes,), exitpriority=1)  # else exit waits for them
             self._threads = ThreadPoolExecutor(
                 self.workers, "decode", initializer=torch.set_num_threads, initargs=(1,)
             )  # each on one core: images do not wait for each other
         return self._threads
 
-    def _hire(self) -> None:
-        worker = Worker(self.decoder)
-        self.processes.append(worker)
-        self._idle.put(worker)
+    def _hired(self) -> "Worker":
+        self.processes.append(Worker(self.decoder))
+        return self.processes[-1]
 
     def _elsewhere(self, part: int, rows: list[int], views: list[int]) -> Answer:
         """A piece decoded by a process, and by another one if that is killed."""
@@ -115,11 +114,13 @@ class Readers:
             worker = self._idle.get()
             try:
                 answer = worker.ask(part, rows, views)
-            except (EOFError, OSError):
+            except BaseException as error:  # it has ended, or would give its answer to the next question
                 worker.process.kill()
                 self.processes.remove(worker)
+                self._idle.put(self._hired())
+                if not isinstance(error, EOFError | OSError):
+                    raise
                 print("warning: a process that decodes images was killed; a new one takes over", file=sys.stderr)
-                self._hire()
             else:
                 self._idle.put(worker)
                 return answer

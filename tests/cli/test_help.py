@@ -13,7 +13,7 @@ from kdcli.cli import COMMANDS, _app
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 GROUPS = {
-    "recipes": ("ls", "cat", "cp"), "runs": ("ls", "show", "rm"), "zoo": ("ls", "add", "verify"), "data": ("ls",),
+    "recipes": ("ls", "cat", "cp"), "runs": ("ls", "show", "rm"), "zoo": ("ls", "add", "verify"), "data": ("ls", "pack"),
     "bank": ("build", "ls", "verify", "rm"),
 }  # fmt: skip
 WITHOUT_TABLE = {("recipes", "cp"), ("runs", "rm"), ("bank", "rm")}

@@ -1,4 +1,4 @@
-"""A folder packed into one file: the same pictures in the same order, the same mentors found, whole or not at all."""
+"""A folder packed into one file: the same pictures in the same order for the same mentors, whole or not at all."""
 
 import io
 import json
