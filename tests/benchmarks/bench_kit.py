@@ -63,9 +63,14 @@ def room(device: torch.device, mentors: list[str] | None = None, **keys: Any) ->
 def _member(name: str, device: torch.device) -> Member:
     found = names.resolve(name)
     net = names.create(found, 100).module
-    for layer in net.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+    norms = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for layer in norms:
+        torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+        layer.momentum = 1.0
+    with torch.no_grad():  # statistics of its own, or a hundred layers would answer with numbers beyond all bounds
+        net.train()(torch.randn(64, 3, 32, 32))
+    for layer in norms:
+        layer.momentum = 0.1
     member = Member(net, found, mean=MEAN, std=STD, input_size=32, interpolation="bilinear", num_classes=100)
     member.digest = weights.digest(net)
     return member.to(device)

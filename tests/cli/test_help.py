@@ -13,8 +13,8 @@ from kdcli.cli import COMMANDS, _app
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 GROUPS = {
-    "recipes": ("ls", "cat", "cp"), "runs": ("ls", "show", "rm"), "zoo": ("ls", "add", "verify"), "data": ("ls", "pack"),
-    "bank": ("build", "ls", "verify", "rm"),
+    "recipes": ("ls", "cat", "cp"), "runs": ("ls", "show", "rm"), "zoo": ("ls", "add", "verify"),
+    "data": ("ls", "pack"), "bank": ("build", "ls", "verify", "rm"),
 }  # fmt: skip
 WITHOUT_TABLE = {("recipes", "cp"), ("runs", "rm"), ("bank", "rm")}
 EVERY = [(name,) for name in COMMANDS if name not in GROUPS] + [(g, sub) for g, subs in GROUPS.items() for sub in subs]
