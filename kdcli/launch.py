@@ -50,6 +50,7 @@ def launch(argv: list[str], ranks: int, device: str | None, *, debug: bool = Fal
     os.environ["KDCLI_BOARD"] = f"127.0.0.1:{board.port}"
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when a rank imports torch
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to end a step or a score and save
     if not debug:
         logging.disable(logging.CRITICAL)  # elastic's account of a death; kdcli gives its own
     try:
@@ -89,11 +90,15 @@ def _rank(argv: list[str]) -> int:
     """What every process does: the same command line. Its exit code is no failure to torch elastic."""
     from kdcli import cli
 
+    code = 0
     try:
         cli.main(argv)
     except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 0
-    return 0
+        code = leaving.code if isinstance(leaving.code, int) else 0
+    if code == InterruptedRun.exit_code:  # torch elastic waits for this process to end, which would else wait for it
+        print(end="", flush=True)
+        os._exit(code)
+    return code
 
 
 def _ending(code: int) -> str:

@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
             if ranked:
                 launch.enter(argv)
             code = _app()(args=[arg for arg in argv if arg != "--debug"], prog_name="kdcli", standalone_mode=False)
+            if ranked and code == 130:
+                raise KeyboardInterrupt
             if ranked and not code:
                 dist.part()
     except (Exception, KeyboardInterrupt) as error:
