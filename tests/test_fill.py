@@ -454,7 +454,7 @@ def test_what_a_bank_cannot_hold_is_refused_with_the_cure(
         ({"pooled"}, {"classroom.bank_pooled": True}, ""),
         ({"head", "index", "hard_target"}, {}, ""),
     ],
-    ids=str,
+    ids=["maps", "pooled", "pooled kept", "neither"],
 )
 def test_a_method_that_reads_more_than_a_bank_answers_is_named(
     needs: set[str], over: dict[str, Any], says: str
