@@ -63,7 +63,7 @@ def open_session(
         label_smoothing=config.label_smoothing,
     )
     shares.check(len(data.train), config)
-    dist.alike({"recipe": recipe.hash(), "data": data.hash, **{one.name: one.digest for one in classroom.mentors}})
+    dist.alike({"recipe": recipe.hash(), "data": data.pixels, **{one.name: one.digest for one in classroom.mentors}})
     if config.cuda_graph and isinstance(data.train.store, Pixels):
         data.train.store.record()
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]

@@ -53,7 +53,7 @@ def identity(member: Member, data: DataSet, precision: str, recipe: Recipe) -> d
         "format": banks.FORMAT,
         "architecture": member.architecture.full,
         "weights": member.digest,
-        "data": data.hash,
+        "data": data.pixels,
         "left_out": _sha("\n".join(sorted(data.skipped))) if data.skipped else None,
         "samples": len(index),
         "which": _sha(index.numpy().astype("<i8").tobytes()),

@@ -340,7 +340,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "interpolation": {"member.interpolation": "nearest"},
     "class map": {"member.class_index": torch.arange(9, -1, -1)},
     "classes": {"member.num_classes": 11},
-    "data": {"data.hash": "another"},
+    "pixels": {"data.pixels": "packed"},
     "files left out": {"data.skipped": ["a.jpg"]},
     "image size": {"data.image_size": 16},
     "augmentation": {"data.augment": "flip"},

@@ -239,8 +239,8 @@ def _open_files(
     lacking = gpu.unable(device) if config.decode == "cuda" else ""
     if lacking:
         notes.append(("data.decode", "cpu", f"not on the GPU: {lacking}"))
+    on_gpu = config.decode == "cuda" and not lacking
     for part in (0, 1):
-        on_gpu = config.decode == "cuda" and not lacking
         store: Store = gpu.GpuFiles(readers, part, device) if on_gpu else Files(readers, part)
         small = size <= CACHE_SIZE and (len(train) + len(test)) * 3 * size**2 <= CACHE_BYTES
         if small and not views.preset.resized:  # with the same pixels as when streamed: only the speed differs
@@ -260,7 +260,7 @@ def _open_files(
     tested = Split(stores[1], torch.from_numpy(test.labels))
     return DataSet(
         name, classes, wnids, files.hash, mean, std, size, augment, rest, tested, held, views.slots, notes, skipped,
-        files.pixels,
+        f"{files.pixels}{' on cuda' if on_gpu else ''}",
     )  # fmt: skip
 
 

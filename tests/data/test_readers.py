@@ -337,6 +337,14 @@ def test_a_gpu_is_given_jpegs_alone_and_draws_the_same_views(folder, monkeypatch
     assert str(victim) in error.value.message
 
 
+def test_pixels_of_a_gpu_go_by_another_name(folder, monkeypatch):
+    monkeypatch.setattr(gpu, "unable", lambda device: "")
+    path = folder()
+    here, there = (opened(path, decode=where) for where in ("cpu", "cuda"))
+    assert here.hash == there.hash == here.pixels != there.pixels
+    assert isinstance(there.train.store, gpu.GpuFiles)
+
+
 def test_without_a_gpu_the_processors_decode_and_it_is_said(folder):
     path = folder()
     data = opened(path, decode="cuda")
