@@ -85,7 +85,7 @@ def test_the_recipe_takes_views_of_one_or_more() -> None:
 def test_a_batch_keeps_its_names_on_the_host(npz) -> None:
     data = open_data(DataConfig(name=f"npz:{npz(n=20, classes=4)}"))
     (plain, *_) = data.train.plain(6)
-    index, view = plain.names()
+    index, view = plain.on_host()
     assert index.equal(torch.arange(6))
     assert view.equal(torch.full((6,), -1))
     assert plain.to("cpu").host is plain.host
