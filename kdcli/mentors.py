@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kdcli.bank import Bank
 
 ALIKE = 16  # images a CPU's worker is given at once where answers are kept: another number gives other last bits
-COMPILE_PAYS = 5e12  # multiply-adds still to be done: some 200 s of eager work on a core, of which a third is saved
+COMPILE_PAYS = 1e14  # multiply-adds still to be done: an hour or so on a core, of which compiling saves some minutes
 FARTHEST = 16  # batches answered at once, at most
 WORTH = 0.95  # of the time of one batch after another: less is noise
 

@@ -90,8 +90,11 @@ def batches(classroom: Classroom, size: int, device: torch.device, n: int) -> li
     return [batch for epoch in range(-(-n // len(stream))) for batch in stream.epoch(epoch)][:n]
 
 
-def alternate(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call, all ways called in turn, after two calls each to warm up."""
+def alternate(
+    ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device, steps: dict[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every call, all ways called in turn, after two calls each to warm up; of a step where a call makes
+    several (`steps`)."""
 
     def clock(step: Callable[[], Any]) -> float:
         began = time.perf_counter()
@@ -106,7 +109,7 @@ def alternate(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.dev
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, step in ways.items():
-            times[name].append(clock(step))
+            times[name].append(clock(step) / (steps or {}).get(name, 1))
     return times
 
 

@@ -126,20 +126,21 @@ def main() -> None:
                 "answers differ by": float((found.out - right).abs().max() / right.abs().max()),
                 "mean loss differs by": float(abs(total - losses.mean()) / losses.mean()),
             }
-            ways[name] = _way(learner, how, given, turn)
-        out["ways"] = kit.against(kit.alternate(ways, args.rounds, device), "plain")
+            ways[name] = _way(learner, how, given, turn, how.ahead)
+        out["ways"] = kit.against(kit.alternate(ways, args.rounds, device, {"ahead": ahead.ahead}), "plain")
         for name, facts in exact.items():
             out["ways"][name] |= {key: float(f"{value:.1e}") for key, value in facts.items()}
     print(json.dumps(out, indent=1))
 
 
-def _way(learner, how: Mentors, given: list[Batch], turn: dict[str, int]):
+def _way(learner, how: Mentors, given: list[Batch], turn: dict[str, int], steps: int):
     taught = how.taught(_endless(given))  # as the engine asks, looking ahead
 
     def step() -> None:
-        n = turn["n"] = turn["n"] + 1
-        batch, view = next(taught)
-        learner.step(batch, view, 0, n, n)
+        for _ in range(steps):
+            n = turn["n"] = turn["n"] + 1
+            batch, view = next(taught)
+            learner.step(batch, view, 0, n, n)
 
     return step
 

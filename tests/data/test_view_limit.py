@@ -91,5 +91,5 @@ def test_a_batch_keeps_its_names_on_the_host(npz) -> None:
     assert plain.to("cpu").host is plain.host
     (first, *_) = Stream(data, 4, seed=0).epoch(0, start=2)
     rows = Stream(data, 4, seed=0).order(0)[8:12]
-    assert first.names()[0].equal(data.train.index[rows])
+    assert first.on_host()[0].equal(data.train.index[rows])
     assert data.train.subset(torch.arange(3)).full == 20
