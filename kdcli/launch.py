@@ -130,8 +130,11 @@ def enter(argv: list[str]) -> None:
 def leave(error: BaseException, say: Callable[[BaseException], int], *, debug: bool = False) -> NoReturn:
     """End a rank after an error: the first to have one says it, all leave with its exit code.
 
-    A rank whose error is the loss of another waits for that one's word; there is none when it died without.
+    A rank whose error is the loss of another waits for that one's word; there is none when it died without. One that is
+    broken off before it had anything to save says nothing: torch elastic may be ending it because another died.
     """
+    if isinstance(error, KeyboardInterrupt) and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        os._exit(InterruptedRun.exit_code)
     board, mine = dist.store(), None
     if not _echo(error) and board.add(f"speaker-{dist.attempt()}", 1) == 1:
         sys.stderr = sys.__stderr__

@@ -168,6 +168,17 @@ def test_a_rank_that_only_lost_the_others_says_nothing_and_is_started_again(rank
     assert not dist.store().check(["code"])
 
 
+def test_a_rank_that_is_ended_while_it_loads_does_not_stop_the_others_being_started_again(
+    rank: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert rank(KeyboardInterrupt()) == ("died 130", [])
+    assert not dist.store().check(["code"])
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")  # nobody who would start it again, or has a word to say
+    stopped = KeyboardInterrupt()
+    assert rank(stopped) == ("died 1", [stopped])
+
+
 def test_a_command_that_cannot_be_divided_is_refused(rank: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     del rank
     monkeypatch.setenv("RANK", "0")
