@@ -20,24 +20,51 @@ Temperature = Annotated[float, Field(gt=0)]
 """An option that logits are divided by."""
 
 
+Maps = dict[str, Tensor]
+"""One model's intermediate maps [B, C, H, W] by tap: `stage1`, `stage2`, ... in order, with `pre` also `stage1.pre`, ...;
+a transformer's tokens come as a grid, without class token."""
+
+
 @dataclass
 class View:
     """One model's answer to one batch, or all mentors' answers stacked.
 
     out: logits [B, K]; stacked mentors [M, B, K], the teacher first.
-    pooled: penultimate vectors [B, D], of mentors one tensor each, for their D differ; and maps: intermediate maps by
-        stage name. Both only for methods that need them.
+    pooled: penultimate vectors [B, D], of mentors one tensor each, for their D differ; and maps: intermediate maps, of
+        mentors one dict each. Both only for methods that need them.
+    strong: the same model's answer to the batch's strongly augmented view, only for methods that need two views.
     """
 
     out: Tensor
     pooled: Tensor | tuple[Tensor, ...] | None = None
-    maps: dict[str, Tensor] | None = None
+    maps: Maps | tuple[Maps, ...] | None = None
+    strong: "View | None" = None
+
+    @property
+    def vectors(self) -> Tensor:
+        """One model's penultimate vectors [B, D], in float32; a method that needs `pooled` never meets None."""
+        assert isinstance(self.pooled, Tensor)
+        return self.pooled.float()
+
+    @property
+    def stages(self) -> dict[str, Tensor]:
+        """One model's maps in float32 by tap, in order; a method that needs `maps` never meets None."""
+        assert isinstance(self.maps, dict)
+        return {name: x.float() for name, x in self.maps.items()}
+
+    def of(self, m: int) -> "View":
+        """One mentor's own answer, out of all mentors' stacked: 0 is the teacher's."""
+        pooled = self.pooled[m] if isinstance(self.pooled, tuple) else None
+        maps = self.maps[m] if isinstance(self.maps, tuple) else None
+        return View(self.out[m], pooled, maps, None if self.strong is None else self.strong.of(m))
 
     def of_mentors(self, rows: slice) -> "View":
         """The mentors' answers to some images of the batch."""
-        assert self.pooled is None or isinstance(self.pooled, tuple)
+        assert not isinstance(self.pooled, Tensor)
+        assert not isinstance(self.maps, dict)
         pooled = None if self.pooled is None else tuple(each[rows] for each in self.pooled)
-        return View(self.out[:, rows], pooled)
+        maps = None if self.maps is None else tuple({k: x[rows] for k, x in each.items()} for each in self.maps)
+        return View(self.out[:, rows], pooled, maps, None if self.strong is None else self.strong.of_mentors(rows))
 
 
 @dataclass
@@ -62,15 +89,27 @@ class Lesson:
         assert self.mentors is not None
         return self.mentors.out
 
+    @property
+    def teacher(self) -> View:
+        """The teacher's own answer."""
+        assert self.mentors is not None
+        return self.mentors.of(0)
+
 
 @dataclass
 class Room:
-    """What a method may build from at `setup`."""
+    """What a method may build from at `setup`.
+
+    seat: another student like the one that learns, or of another architecture, from scratch: seat(seed, name | None).
+    """
 
     student: "Member"
     mentors: "list[Member]"
     data: "DataSet"
     task: "Classify"
+    train: "TrainConfig"
+    device: torch.device
+    seat: "Callable[[int, str | None], Member]"
 
     @property
     def teacher(self) -> "Member | None":
@@ -79,12 +118,16 @@ class Room:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of epochs in which some learners learn."""
+    """A stretch of epochs in which some learners learn.
+
+    Phases of the same name are one training in pieces: its optimiser keeps its state, its schedule spans the sum of
+    their epochs.
+    """
 
     name: str
     epochs: int
     learners: tuple[str, ...]
-    train: "TrainConfig"  # its optimiser and schedule
+    train: "TrainConfig"  # its optimiser and schedule; phases of one name go on with both
 
 
 class Method(nn.Module):
@@ -95,7 +138,8 @@ class Method(nn.Module):
     """
 
     needs: frozenset[str] = frozenset()
-    """Beyond logits: maps, pooled, head, index, two_views, hard_target, full_batches."""
+    """Beyond logits: maps (every stage's), pre (also before the stages' last activation), pooled, index (each sample's
+    number), two_views, hard_target (no mixup), full_batches (no micro-batches), pairs (never a batch of one)."""
     teachers: int = 1
     """How many mentors it needs at least."""
     capturable: bool = True
@@ -107,7 +151,10 @@ class Method(nn.Module):
         """Size whatever depends on the networks, from one real lesson (None when nothing was asked for)."""
 
     def learners(self) -> dict[str, nn.Module]:
-        """Name -> module that learns; those that read pixels appear in `lesson.views`."""
+        """Name -> module that learns; those that read pixels (a Member) appear in `lesson.views`.
+
+        A module of the method's own that is named here learns only in the phases that name it.
+        """
         return {"student": self.room.student}
 
     def phases(self, train: "TrainConfig") -> list[Phase]:

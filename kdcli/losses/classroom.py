@@ -1,9 +1,4 @@
-"""The losses as pure functions, one equation each.
-
-The student comes first, then the mentor [B, K] or the mentors [M, B, K], then the target; hyper-parameters are
-keyword-only and named as in the papers. Everything is computed in float32 and stays finite, gradient included, for
-logits up to 1e4: probabilities are only ever touched as log-softmax and log-sum-exp.
-"""
+"""Tempered KL, and what ClassroomKD adds to it: marks, ranks and gaps (arXiv 2409.20237)."""
 
 import math
 from typing import Literal

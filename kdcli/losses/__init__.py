@@ -1,0 +1,17 @@
+"""The losses as pure functions, one equation each, a file per family.
+
+The student comes first, then the mentor [B, K] or the mentors [M, B, K], then the target; hyper-parameters are
+keyword-only and named as in the papers. Everything is computed in float32 and stays finite, gradient included, for
+logits up to 1e4: probabilities are only ever touched as log-softmax and log-sum-exp.
+"""
+
+from kdcli.losses.classroom import (
+    log_batch_mark,
+    log_mark,
+    performance_gap,
+    rank_by_position,
+    rank_by_share,
+    soft_loss,
+)
+
+__all__ = ["log_batch_mark", "log_mark", "performance_gap", "rank_by_position", "rank_by_share", "soft_loss"]
