@@ -1,6 +1,7 @@
 """Methods that lean on a classifier: the teacher's own (SRRL, SimKD), or one at every stage of the student (OFA)."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -14,10 +15,10 @@ from kdcli.errors import RecipeError
 from kdcli.graduates import Graduate, Spec
 from kdcli.losses.heads import ofa_loss
 from kdcli.methods.adapters import fit
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
 
 Weight = Annotated[float, Field(ge=0)]
-NEAR = 0.05  # of the largest vector: how far pooled maps may be from the classifier's input, for precision's sake
+NEAR = 0.05  # of the largest number: how far a pooled map may be from the classifier's input, for precision's sake
 TOKEN_GRID, TOKEN_HEADS = 7, 4
 
 
@@ -78,28 +79,25 @@ class SimKD(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
-        borrow(room, lesson, self.factor)
+        self.two_maps = borrow(room, lesson, self.factor)
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         out, teacher = lesson.student.out.float(), lesson.teacher
         terms = {
             "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
-            "features": self.outer_weight * F.mse_loss(*last_maps(lesson)),
+            "features": self.outer_weight * F.mse_loss(*self.two_maps(lesson)),
         }
         if self.kd_weight:
             terms["teacher"] = self.kd_weight * lesson.task.soft(out, teacher.out, self.tau).mean()
         return terms
 
 
-def last_maps(lesson: Lesson) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B D h w"]]:
-    """The student's and the teacher's last map, the larger pooled to the smaller; a graduate's is the projected one."""
-    *_, ours = lesson.student.stages.values()
-    *_, theirs = lesson.teacher.stages.values()
-    return fit(ours, theirs)
+TwoMaps = Callable[[Lesson], tuple[Float[Tensor, "B D h w"], Float[Tensor, "B D h w"]]]
+"""A lesson's last maps, the student's and the teacher's, of one shape."""
 
 
-def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> Graduate:
-    """Make the room's student the graduate that ends in its teacher's classifier.
+def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
+    """Make the room's student the graduate that ends in its teacher's classifier; gives what reads their last maps.
 
     Raises RecipeError where the classifier is not given the pooled last map, so that no projector could feed it.
     """
@@ -110,33 +108,9 @@ def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> Graduate:
             f"classroom.student: {student.name}'s weights are a graduate's, which has a borrowed classifier already",
             hint=f"Start from the architecture itself: {student.architecture.full}@none.",
         )
-    *_, (tap, theirs) = lesson.teacher.stages.items()
-    weight, bias, pooled = *classifier(teacher), lesson.teacher.vectors
-    cure = (
-        "Choose a teacher that ends in average pooling and one linear layer (a ResNet, VGG-BN of the zoo, RegNet, "
-        "DenseNet), or a method that needs no classifier of the teacher's: srrl, fitnets, crd."
-    )
-    if theirs.shape[1] != weight.shape[1]:
-        shape = "x".join(map(str, theirs.shape[1:]))
-        raise RecipeError(
-            f"classroom.teacher: {teacher.name}'s classifier takes {weight.shape[1]} numbers, its last map "
-            f"({tap}) is {shape} and gives {theirs.shape[1]}: something lies between them",
-            hint=cure,
-        )
-    apart = (theirs.mean((2, 3)) - pooled).abs().max() / pooled.abs().max().clamp_min(1e-12)
-    if apart > NEAR:
-        raise RecipeError(
-            f"classroom.teacher: {teacher.name}'s classifier takes {weight.shape[1]} numbers that are not its last map "
-            f"({tap}, {'x'.join(map(str, theirs.shape[1:]))}) averaged: a class token, or a norm between them",
-            hint=cure,
-        )
-    spec = Spec(
-        width=weight.shape[1],
-        classes=weight.shape[0],
-        bias=bias is not None,
-        size=list(theirs.shape[2:]),
-        factor=factor,
-    )
+    (weight, bias), tail = classifier(teacher), _before_pooling(teacher, lesson)
+    size = list(_last(lesson.teacher).shape[2:])
+    spec = Spec(width=weight.shape[1], classes=weight.shape[0], bias=bias is not None, size=size, factor=factor)
     graduate = Graduate(student.net, spec, student.input_size, student.architecture.full)
     with torch.no_grad():
         graduate.classifier.weight.copy_(weight)
@@ -144,7 +118,49 @@ def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> Graduate:
             graduate.classifier.bias.copy_(bias)
     student.net = graduate.to(room.device)
     student.forget()
-    return graduate
+
+    def two_maps(lesson: Lesson) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            theirs = tail(_last(lesson.teacher))
+        return fit(_last(lesson.student), theirs)  # a graduate's last map is the projected one
+
+    return two_maps
+
+
+def _last(view: View) -> Tensor:
+    return list(view.stages.values())[-1]
+
+
+def _before_pooling(teacher: Member, lesson: Lesson) -> Callable[[Tensor], Tensor]:
+    """What a teacher does to its last stage's map before pooling it: nothing, or a last norm of its own.
+
+    Found by trying: the map's average must be what its classifier is given. Raises RecipeError where none is.
+    """
+    net, x, pooled = teacher.net, _last(lesson.teacher), lesson.teacher.vectors
+    tail, norm = getattr(net, "tail", None), getattr(net, "norm", None)
+    ways: list[Callable[[Tensor], Tensor]] = [lambda x: x]
+    if isinstance(tail, nn.Module):  # the zoo's: a wide residual network's last norm and ReLU
+        ways.append(tail)
+    if isinstance(norm, nn.Module):  # timm's and torchvision's, of maps or with channels last
+        ways += [norm, lambda x: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
+    for way in ways:
+        try:
+            given = way(x).mean((2, 3))
+        except RuntimeError:  # a norm over other dimensions
+            continue
+        if given.shape == pooled.shape and (given - pooled).abs().max() <= NEAR * pooled.abs().max():
+            return way
+    width, shape = pooled.shape[1], "x".join(map(str, x.shape[1:]))
+    what = (
+        f"{x.shape[1]} on average: a layer lies between them"
+        if x.shape[1] != width
+        else f"{width} others on average: its pooling is another (a class token), or a norm lies between them"
+    )
+    raise RecipeError(
+        f"classroom.teacher: {teacher.name}'s classifier takes {width} numbers, its last map ({shape}) gives {what}",
+        hint="Choose a teacher that ends in average pooling and one linear layer (ResNet, WRN, RegNet, Swin), or a "
+        "method that needs no such classifier: srrl, fitnets, crd.",
+    )
 
 
 def classifier(member: Member) -> tuple[Float[Tensor, "K D"], Float[Tensor, " K"] | None]:

@@ -84,9 +84,10 @@ class Shadow(nn.Module):
         width = maps[-1].shape[1]
         self.down, self.same = nn.ModuleList(), nn.ModuleList()
         for before, after in pairwise(maps):
-            down = conv_bn_relu(before.shape[1], after.shape[1], 3)
-            down[0].stride = (2, 2) if after.shape[2] < before.shape[2] else (1, 1)
-            self.down.append(down)
+            conv = nn.Conv2d(
+                before.shape[1], after.shape[1], 3, 2 if after.shape[2] < before.shape[2] else 1, 1, bias=False
+            )
+            self.down.append(nn.Sequential(conv, nn.BatchNorm2d(after.shape[1]), nn.ReLU()))
             self.same.append(conv_bn_relu(after.shape[1], after.shape[1]))
         self.keep = conv_bn_relu(width, width, 3)
         for module in self.modules():
