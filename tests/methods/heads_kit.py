@@ -70,10 +70,12 @@ class Class:
     """A method with a student and a teacher, set up on one lesson, and lessons to give it."""
 
     def __init__(
-        self, method: Method, student: str = "zoo", teacher: str = "zoo8", batch: int = 6, **train: Any
+        self, method: Method, student: str = "zoo", teacher: str | Member = "zoo8", batch: int = 6, **train: Any
     ) -> None:
         self.method, self.batch = method, batch
-        self.student, self.teacher = member(student, 1), member(teacher, 2).requires_grad_(False).eval()
+        self.student = member(student, 1)
+        self.teacher = member(teacher, 2) if isinstance(teacher, str) else teacher
+        self.teacher.requires_grad_(False).eval()
         self.task, self.pixels = (
             Classify(K),
             torch.rand(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5)),
@@ -110,7 +112,7 @@ class Class:
     def learning(self) -> list[Tensor]:
         return [*self.student.parameters(), *self.method.parameters()]
 
-    def steps(self, phase: Phase | None = None, count: int = 12, lr: float = 2e-3) -> list[float]:
+    def steps(self, phase: Phase | None = None, count: int = 12, lr: float = 5e-3) -> list[float]:
         """The loss before each of some Adam steps over all that learns."""
         adam, losses = torch.optim.Adam(self.learning(), lr), []
         for _ in range(count):

@@ -11,7 +11,7 @@ from kdcli.graduates import Graduate
 from kdcli.methods.heads import OFA, SRRL, SimKD
 from kdcli.methods.shadow import SHAKE
 
-LESS = 0.9  # of the first loss, after a dozen steps
+LESS = 0.95  # of the first loss, after a dozen steps
 
 
 @pytest.mark.parametrize(("student", "teacher"), [*PAIRS, *TOKEN_TEACHERS])
@@ -98,21 +98,12 @@ def test_the_larger_teacher_map_is_pooled():
 
 
 def test_simkd_borrows_only_the_classes_of_the_data():
-    teacher = member("zoo8", 2)
+    teacher, chosen = member("zoo8", 2), torch.tensor([3, 1, 13, 0, 2, 5, 4, 8, 6, 12])
     teacher.net.reset_classifier(14)
-    chosen = torch.tensor([3, 1, 13, 0, 2, 5, 4, 8, 6, 12])
-    method, plain = SimKD(), Class(SRRL())
-    plain.teacher.net = teacher.net.requires_grad_(False).eval()
-    plain.teacher.class_index = chosen
-    plain.teacher.forget()
-    plain.method = method
-    method.room = (plain.student and Class.__dict__ and plain.method.__dict__.get("room")) or None  # set below
-    method.room = Class(SRRL()).method.room
-    method.room.student, method.room.mentors = plain.student, [plain.teacher]
-    with torch.no_grad():
-        method.setup(method.room, plain.lesson(2))
-    assert torch.equal(plain.student.net.classifier.weight, teacher.net.fc.weight[chosen])
-    assert plain.lesson().student.out.shape == (6, K)
+    teacher.class_index = chosen
+    room = Class(SimKD(), "zoo", teacher)
+    assert torch.equal(room.student.net.classifier.weight, teacher.net.fc.weight[chosen])
+    assert room.lesson().student.out.shape == (6, K)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +196,6 @@ def test_ofa_sums_the_chosen_stages():
 
 @pytest.mark.parametrize(("student", "teacher"), [*PAIRS, *TOKEN_TEACHERS])
 def test_shake_learns_with_its_shadow(student, teacher):
-    if teacher == "conv_head":
-        return
     room = Class(SHAKE(), student, teacher)
     check_isolated(room)
     assert reached(room.method.shadow) == 1
