@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from kdcli import distill, learner as learners, methods, names, own, recipe as recipes
 from kdcli.classroom import Classroom, Member, last_linear
@@ -520,10 +520,9 @@ def nothing_is_read_back(toy: Toy, name: str, options: Options) -> None:
                 terms = subject.method.loss(lesson, phase)
                 need(all(value.shape == () for value in terms.values()), "a term is no scalar")
                 subject.method.after(lesson)
-        except Broken:
-            raise
-        except Exception as error:
-            raise Broken(f"phase {phase.name}: {own.words(error)}") from error
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            where = own.blame(error) or f"phase {phase.name}: "
+            raise Broken(f"{where}a value is read back to the host, or decides a shape ({error.func})") from error
         finally:
             subject.restore()
 

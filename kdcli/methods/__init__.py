@@ -10,7 +10,7 @@ from torch import nn
 
 from kdcli import own
 from kdcli.errors import KdcliError, RecipeError, did_you_mean
-from kdcli.methods.base import Lesson, Method, Phase, Room, Terms, View
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
 
 METHODS = {
     "nokd": "kdcli.methods.plain:NoKD",
@@ -53,7 +53,7 @@ METHODS = {
     "shake": "kdcli.methods.shadow:SHAKE",
 }
 
-__all__ = ["METHODS", "Lesson", "Method", "Phase", "Room", "Terms", "View", "build", "find", "options"]
+__all__ = ["METHODS", "Lesson", "Method", "Phase", "Room", "Temperature", "Terms", "View", "build", "find", "options"]
 
 
 def find(name: str) -> type[Method]:
