@@ -125,7 +125,9 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     classroom: ClassroomConfig = ClassroomConfig()
     method: MethodConfig = MethodConfig()
-    baselines: dict[str, dict[str, Any]] = {}  # method -> its options when this recipe runs it instead of its own
+    # method -> its options when this recipe runs it instead of its own; with a `name` among them the key is a label, so
+    # that one method can be compared in several forms: tekap-l = { name = "tekap", part = "logits" }
+    baselines: dict[str, dict[str, Any]] = {}
     train: TrainConfig = TrainConfig()
     expect: Expect | None = None
 
@@ -145,10 +147,19 @@ class Recipe(Section):
         return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def with_method(self, name: str) -> "Recipe":
-        """A copy that runs another method on the same classroom, with the options `baselines` gives it."""
+        """A copy that runs another method on the same classroom, with the options `baselines` gives it.
+
+        A label of `baselines` runs the method it names, in its form: the recipe's own method keeps its other options.
+        """
         if name == self.method.name:
             return self
-        return self.with_(method={"name": name, **self.baselines.get(name, {})})
+        other = self.with_(method={"name": name, **self.baselines.get(name, {})})
+        if other.expect and other.method.name != name:  # what was published of the method was of another form of it
+            for figures in (other.expect.top1, other.expect.top5):
+                figures.pop(other.method.name, None)
+                if name in figures:
+                    figures[other.method.name] = figures.pop(name)
+        return other
 
     def with_(self, **overrides: Any) -> "Recipe":
         """A copy with dotted keys replaced: `recipe.with_(**{"train.seed": 2})`."""
