@@ -4,6 +4,8 @@ The tables were copied from the papers' texts and public readmes, not from the r
 recipe, or stands in the wrong row, is found here. Every other check of a recipe is in test_recipes_shipped.
 """
 
+import re
+
 import pytest
 
 from kdcli import methods, names, recipe
@@ -54,6 +56,18 @@ WSLD 72.19 74.12 72.15 - - 75.93 76.21 -
 CTKD 70.99 73.52 71.19 73.52 68.46 75.31 75.78 68.47
 DTKD - 74.07 72.05 74.12 69.01 76.19 76.29 69.10
 """  # ClassroomKD's, the columns and rows that CRD's table has not
+TABLE_2A = """
+Teacher WR40x2 R110 R56 VGG13 VGG13 W-40x2
+Student WR16x2 R20 R20 VGG8 MBV2 SN-V1
+DML 74.83 70.55 70.24 72.86 66.30 74.52
+ONE 74.68 70.77 70.43 72.01 66.26 -
+SHAKE 75.78 - 71.62 73.85 68.81 76.42
+TAKD 75.04 - 70.77 73.67 - -
+AEKD 75.68 71.36 71.25 74.75 68.39 76.34
+EBKD - - - 74.10 68.24 76.61
+DGKD 76.24 - 71.92 74.40 - -
+CAMKD - - - 74.30 69.41 77.94
+"""  # ClassroomKD's, the methods of several mentors and of students that learn together
 TEKAP = """
 Teacher | resnet32x4 | WRN_40_2 | WRN_40_2 | VGG13 | resnet56 | resnet32x4 | resnet32x4 | WRN-40-2
 Student | resnet8x4 | WRN_40_1 | WRN_16_2 | VGG8 | resnet20 | ShuffleNetV1 | ShuffleNetV2 | ShuffleNetV1
@@ -98,7 +112,7 @@ Wide-ResNet-40-2 | ResNet8x4 | 78.41 | 73.89 | 75.15 | 76.05 | 0.9 | 75.02 | 75.
 def token(text: str) -> str:
     """A network's name as file names have it, however a table writes it."""
     plain = text.strip().lower().replace("-", "_")
-    plain = plain.replace("wide_resnet", "wrn").replace("w_40x2", "wrn_40_2").replace("sn_v", "shufflenetv")
+    plain = re.sub(r"^(wide_resnet|w|wr)_?(\d+)[x_](\d)$", r"wrn_\2_\3", plain).replace("sn_v", "shufflenetv")
     plain = plain.replace("mbv2", "mobilenetv2").replace("mobilenetv2x2", "mobilenetv2_x2")
     plain = f"resnet{plain[1:]}" if plain[0] == "r" and plain[1].isdigit() else plain
     return SHORT[plain]
@@ -123,11 +137,20 @@ def crd_rows() -> dict[str, dict[str, float]]:
     for one in NST.replace("\n", " ").split(","):
         teacher, student, figure = one.split()
         rows[f"{token(teacher)}-{token(student)}"]["nst"] = float(figure)
-    teachers, students, *more = [line.split() for line in TABLE_1.strip().splitlines()]
+    for pair, row in [*by_column(TABLE_1).items(), *by_column(TABLE_2A).items()]:
+        of_one_teacher = {name: figure for name, figure in row.items() if name == "shake" or name in TABLE_1.lower()}
+        rows.setdefault(pair, {}).update(of_one_teacher)
+    return rows
+
+
+def by_column(table: str) -> dict[str, dict[str, float]]:
+    """Pair -> method -> figure, of a table with a column for every pair."""
+    rows: dict[str, dict[str, float]] = {}
+    teachers, students, *more = [line.split() for line in table.strip().splitlines()]
     for name, *cells in more:
         for teacher, student, text in zip(teachers[1:], students[1:], cells, strict=True):
-            if (figure := number(text)) is not None:
-                rows[f"{token(teacher)}-{token(student)}"][name.lower()] = figure
+            row = rows.setdefault(f"{token(teacher)}-{token(student)}", {})
+            row.update(figures({name.lower(): text}))
     return rows
 
 
@@ -236,6 +259,21 @@ def test_dtkd_weighs_less_for_the_one_pair():
     weighed = {pair for pair in CRD_ROWS if "dtkd" in recipe.load(f"crd/{pair}").baselines}
     assert weighed == {"r110-r32"}
     assert recipe.load("crd/r110-r32").baselines["dtkd"] == {"alpha": 1.0, "beta": 0.5}
+
+
+# --- ClassroomKD's tables of others
+
+
+@pytest.mark.parametrize("row", by_column(TABLE_2A))
+def test_a_classrooms_row_prints_the_methods_of_table_2a(row):
+    own = ("nokd", "kd", "aver", "classroom")  # test_recipes_shipped
+    found = {name: figure for name, figure in expected(f"cifar100/{row}").top1.items() if name not in own}
+    assert found == by_column(TABLE_2A)[row]
+
+
+def test_the_swin_classroom_prints_table_1s_column():
+    wanted = {"fitnets": 78.87, "crd": 77.63, "rkd": 74.11, "dist": 77.75, "ofa": 80.54}
+    assert expected("cifar100/swint-r18").top1 == wanted | {"nokd": 74.01, "kd": 78.74, "classroom": 80.32}
 
 
 # --- DiSK

@@ -219,7 +219,8 @@ def test_a_row_has_table_7s_classroom(name):
 def test_a_row_prints_the_papers_figures(name):
     expect = recipe.load(f"cifar100/{name}").expect
     assert expect is not None
-    assert expect.top1 == TABLE_7[name].top1
+    own = ("nokd", "kd", "aver", "classroom")  # the others: test_recipes_methods
+    assert {method: figure for method, figure in expect.top1.items() if method in own} == TABLE_7[name].top1
     assert expect.top5 == {}
     assert expect.epoch == "best"
     assert expect.source.startswith("Table")
@@ -315,7 +316,8 @@ def test_the_imagenet_row():
     assert (train.schedule, train.decay_epochs, train.decay_rate) == ("step", [30], 0.1)
     assert read.method.options == {"variant": "official", "tau": 4.0, "delta": 1.0}
     assert read.expect is not None
-    assert read.expect.top1 == {"nokd": 69.75, "kd": 70.66, "aver": 70.63, "classroom": 71.49}
+    own = {"nokd": 69.75, "kd": 70.66, "aver": 70.63, "classroom": 71.49}
+    assert read.expect.top1 == own | {"dml": 71.03, "one": 70.55, "shake": 72.07, "crd": 71.17}
 
 
 # --- ClassroomKD's ablations
