@@ -310,3 +310,77 @@ def test_disks_training(name):
     size = 64 if "tiny" in name else 224 if "imagenet" in name else 32
     assert read.data.image_size == size
     assert (read.data.name or "").startswith({32: "cifar100", 64: "folder:", 224: "imagenet"}[size])
+
+
+# --- TeKAP
+
+
+def tekap_rows() -> dict[str, dict[str, float]]:
+    """Pair -> method or label -> figure, of the slides' table of networks."""
+    called = ["nokd", "kd", "tekap-l", "crd", "tekap-f", "tekap"]
+    teachers, students, _, *lines = [line.split(" | ")[1:] for line in TEKAP.strip().splitlines()]
+    columns = zip(teachers, students, *lines, strict=True)
+    rows = {f"{token(t)}-{token(s)}": figures(dict(zip(called, cells, strict=True))) for t, s, *cells in columns}
+    assert (rows["r32x4-snv2"]["nokd"], rows["r32x4-snv2"]["kd"]) == (70.36, 72.98)  # VGG-8's, printed once more
+    rows["r32x4-snv2"] |= {"nokd": 71.82, "kd": 74.45}  # CRD's
+    return rows
+
+
+AROUND = {  # the slides' table of single teachers: method alone, with TeKAP
+    "r32x4-r8x4": {"dkd": (76.32, 76.59), "mlkd": (77.08, 77.36)},
+    "wrn402-wrn401": {"dkd": (74.81, 75.33), "mlkd": (75.35, 75.67)},
+}
+
+
+def test_every_pair_of_tekaps_slides_is_there():
+    others = {"base", "imagenet-r34-r18", *(f"mlkd-{pair}" for pair in AROUND)}
+    assert {n for n in EVERY if n.startswith("tekap/")} == {f"tekap/{row}" for row in {*tekap_rows(), *others}}
+    assert len(tekap_rows()) == 8
+
+
+@pytest.mark.parametrize("pair", tekap_rows())
+def test_a_tekap_pair_prints_the_slides_figures(pair):
+    wanted = tekap_rows()[pair]
+    if pair in AROUND:
+        wanted |= dict(zip(["dkd", "dkd-tekap"], AROUND[pair]["dkd"], strict=True))
+    assert expected(f"tekap/{pair}").top1 == wanted
+    assert expected(f"tekap/{pair}").epoch == "last"
+
+
+@pytest.mark.parametrize("pair", tekap_rows())
+def test_its_three_forms_are_three_learners(pair):
+    read = recipe.load(f"tekap/{pair}")
+    forms = {label: read.with_method(label).method for label in ("tekap", "tekap-l", "tekap-f")}
+    assert {label: (one.name, one.options) for label, one in forms.items()} == {
+        "tekap": ("tekap", {"parts": "both"}),
+        "tekap-l": ("tekap", {"parts": "logits"}),
+        "tekap-f": ("tekap", {"parts": "features"}),
+    }
+    alone = read.with_method("tekap-l").expect
+    assert alone is not None
+    assert alone.top1["tekap"] == tekap_rows()[pair]["tekap-l"]  # what `distill --method tekap-l` is held against
+
+
+@pytest.mark.parametrize("pair", AROUND)
+@pytest.mark.parametrize("method", ["dkd", "mlkd"])
+def test_tekap_around_another_method_changes_nothing_else(pair, method):
+    read = recipe.load(f"tekap/{pair}" if method == "dkd" else f"tekap/mlkd-{pair}")
+    own, around = read.with_method(method), read.with_method(f"{method}-tekap")
+    assert around.method.options == {**own.method.options, "tekap": True}
+    assert around.train == own.train
+    if method == "mlkd":
+        alone, together = AROUND[pair]["mlkd"]
+        assert expected(f"tekap/mlkd-{pair}").top1 == {
+            "nokd": tekap_rows()[pair]["nokd"], "mlkd": alone, "mlkd-tekap": together
+        }  # fmt: skip
+    else:
+        assert own.method.options["beta"] == recipe.load(f"crd/{pair}").with_method("dkd").method.options["beta"]
+
+
+def test_tekaps_imagenet_pair():
+    teacher, student, kd, tekap = (100 - error for error in (26.69, 30.25, 29.59, 29.33))
+    expect = expected("tekap/imagenet-r34-r18")
+    assert expect.top1 == pytest.approx({"nokd": student, "kd": kd, "tekap": tekap})
+    assert expect.top5 == pytest.approx({"nokd": 100 - 10.93, "kd": 100 - 10.30, "tekap": 100 - 10.08})
+    assert teacher == pytest.approx(73.31)  # ResNet-34's, as imagenet/r34-r18 has it
+    assert recipe.load("tekap/imagenet-r34-r18").classroom.teacher == recipe.load("imagenet/r34-r18").classroom.teacher

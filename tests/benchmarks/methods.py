@@ -6,8 +6,8 @@ Step cost: one update of a ResNet-8 taught by a ResNet-20, batch 64, on noise of
 on any pictures), the mentors' answers and whatever else the method asks of them included; how many times KD's, all
 methods stepped in turn within one process, the ratio of medians with quartiles of the rounds' ratios. A method of
 several phases is each phase's cost, weighted by their epochs. Methods that hear several mentors have two peers beside
-the teacher, and so has the KD they are compared with. Extra parameters and memory are those at these sizes, as CIFAR-100
-with its 50,000 images would have them. Lines: the class and the losses it calls, without comments, docstrings and blanks.
+the teacher, and so has the KD they are compared with. Extra parameters and memory are those at these sizes, with
+CIFAR-100's 50,000 images. Lines: the class and the losses it calls, without comments, docstrings and blanks.
 --contract: what `pytest tests/contract --junitxml=junit.xml` wrote; the table then says how many of its tests passed.
 """
 
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import textwrap
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,9 @@ class Way:
         run = Run(folder / f"{name}-{phase}")
         self.session: Session = distill.open_session({name: recipe}, classroom, run, {name: run}, set())
         self.learner = self.session.learners[0]
-        starts = dict(zip([p.name for p in self.learner.phases], _starts(self.learner.phases), strict=True))
-        self.epoch = 0 if phase is None else starts[phase]
+        starts = itertools.accumulate((each.epochs for each in self.learner.phases), initial=0)
+        begins = [(each.name, start) for each, start in zip(self.learner.phases, starts, strict=False)]
+        self.epoch = 0 if phase is None else next(start for name, start in begins if name == phase)
         for epoch in sorted({0, self.epoch}):  # what a phase leaves to the next is left by an epoch of two batches
             self.learner.begin_epoch(epoch, self._sweep)
         self.batches = self._endless()
@@ -119,11 +120,6 @@ class Way:
         batch, taught = next(self.batches)
         self.learner.step(batch, taught, self.epoch, 0, self.number)
         self.number += 1
-
-
-def _starts(phases: list[Any]) -> list[int]:
-    """The epoch each phase begins with; of phases of one name the last counts, for it is the most settled."""
-    return [0, *itertools.accumulate(phase.epochs for phase in phases)][:-1]
 
 
 def facts(way: Way) -> dict[str, Any]:
@@ -210,45 +206,41 @@ def contract(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+def seat(room: Classroom, name: str, folder: Path) -> dict[str, Way]:
+    """A method's ways to step, one for every phase it has."""
+    first = Way(room, name, None, folder)
+    names = list(_shares(first.learner.phases))
+    return {phase: Way(room, name, phase, folder) if n else first for n, phase in enumerate(names)}
+
+
 def measure(names: list[str], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
     """Facts and step costs of the methods; of one that cannot be seated here, why."""
     out: dict[str, dict[str, Any]] = {}
-    given = {"classroom.student": STUDENT, **KEYS}
-    rooms = {
-        False: kit.room(device, [TEACHER], images=IMAGES, **given),
-        True: kit.room(device, [TEACHER, *PEERS], images=IMAGES, **given),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for several, room in rooms.items():
-            ways: dict[str, Callable[[], None]] = {}
-            for name in dict.fromkeys(["kd", *(n for n in names if (PAPERS[n][0] == "several") is several)]):
+    for mentors in ([TEACHER], [TEACHER, *PEERS]):
+        ours = [name for name in names if (PAPERS[name][0] == "several") is (len(mentors) > 1)]
+        room = kit.room(device, mentors, images=IMAGES, **{"classroom.student": STUDENT, **KEYS})
+        with tempfile.TemporaryDirectory() as folder:
+            seated: dict[str, dict[str, Way]] = {}
+            for name in dict.fromkeys(["kd", *ours]):
                 try:
-                    first = Way(room, name, None, Path(folder))
-                    told = facts(first)
-                    made = {f"{name}/{p}": Way(room, name, p, Path(folder)) for p in told["phases"]}
-                    for way in made.values():
+                    seated[name] = seat(room, name, Path(folder))
+                    for way in seated[name].values():
                         way()
                 except (KdcliError, ImportError, AttributeError) as error:
+                    seated.pop(name, None)
                     out[name] = {"why not": f"{type(error).__name__}: {error}"}
-                    continue
-                ways |= made
-                if name in names and (name != "kd" or not several):
-                    out[name] = told
+            ways = {f"{name}/{phase}": way for name, own in seated.items() for phase, way in own.items()}
             times = kit.alternate(ways, rounds, device)
-            base = next(times[way] for way in times if way.startswith("kd/"))
-            for name, row in out.items():
-                mine = [
-                    (times[f"{name}/{p}"], share)
-                    for p, share in row.get("phases", {}).items()
-                    if f"{name}/{p}" in times
-                ]
-                if mine and (name != "kd" or not several):
-                    each = [sum(seconds[n] * share for seconds, share in mine) for n in range(rounds)]
-                    ratios = [a / b for a, b in zip(each, base, strict=True)]
-                    middle = sum(statistics.median(seconds) * share for seconds, share in mine)
-                    row["ms"] = round(1000 * middle, 2)
-                    row["times KD"] = round(middle / statistics.median(base), 3)
-                    row["quartiles"] = [round(q, 3) for q in statistics.quantiles(ratios, n=4)]
+        base = times["kd/main"]
+        for name in [name for name in ours if name in seated]:
+            row = out[name] = facts(next(iter(seated[name].values())))
+            mine = [(times[f"{name}/{phase}"], share) for phase, share in row["phases"].items()]
+            each = [sum(seconds[n] * share for seconds, share in mine) for n in range(rounds)]
+            middle = sum(statistics.median(seconds) * share for seconds, share in mine)
+            row["ms"] = round(1000 * middle, 2)
+            row["times KD"] = round(middle / statistics.median(base), 3)
+            ratios = [a / b for a, b in zip(each, base, strict=True)]
+            row["quartiles"] = [round(q, 3) for q in statistics.quantiles(ratios, n=4)]
     return out
 
 
