@@ -49,7 +49,8 @@ PAPERS = {  # family, paper
     "ctkd": ("logits", "Li et al., AAAI 2023, arXiv 2211.16231"),
     "dtkd": ("logits", "Wei & Bai 2024, arXiv 2404.12711"),
     "mlkd": ("logits", "Jin et al., CVPR 2023"),
-    "tekap": ("logits, contrast", "Hossain et al., ICLR 2025"),
+    "tekap": ("logits", "Hossain et al., ICLR 2025"),
+    "tekap-both": ("logits, contrast", "the same, logits and features"),
     "disk": ("logits, guide", "Kag et al., ICLR 2023"),
     "fitnets": ("maps", "Romero et al., ICLR 2015, arXiv 1412.6550"),
     "at": ("maps", "Zagoruyko & Komodakis, ICLR 2017, arXiv 1612.03928"),
@@ -79,6 +80,7 @@ PAPERS = {  # family, paper
     "ffl": ("online", "Kim et al., ICPR 2020, arXiv 1904.09058"),
     "shake": ("online", "Li & Jin, NeurIPS 2022"),
 }
+FORMS = {"tekap-both": {"name": "tekap", "parts": "both"}}  # forms of a method with a row of their own
 WORDS = {  # what a method needs, in the table's words
     "maps": "maps",
     "pre": "maps before activation",
@@ -124,16 +126,16 @@ class Way:
 
 def facts(way: Way) -> dict[str, Any]:
     """What a method adds to its student, and its needs."""
-    method = way.learner.method
-    others = {p for net in (way.learner.student, *way.learner.classroom.mentors) for p in net.parameters()}
-    modules: list[nn.Module] = [method, *method.learners().values()]
-    own = {p for module in modules for p in module.parameters()} - others
+    method, room = way.learner.method, way.learner.classroom
+    plain = sum(p.numel() for p in room.student(0).parameters())
+    modules: list[nn.Module] = [method, *method.learners().values(), method.graduate()]
+    learned = {p for module in modules for p in module.parameters()}
+    learned -= {p for mentor in room.mentors for p in mentor.parameters()}
     norms = {id(b) for m in method.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers(False)}
     kept = [b for b in method.buffers() if id(b) not in norms]
-    shipped = sum(p.numel() for p in method.graduate().parameters())
     return {
-        "parameters": sum(p.numel() for p in own),
-        "shipped": shipped - sum(p.numel() for p in way.learner.student.parameters()),
+        "parameters": sum(p.numel() for p in learned) - plain,
+        "shipped": sum(p.numel() for p in method.graduate().parameters()) - plain,
         "memory": sum(b.numel() * b.element_size() for b in kept),
         "needs": [word for need, word in WORDS.items() if need in method.needs],
         "teachers": method.teachers,
@@ -152,7 +154,7 @@ def _shares(phases: list[Any]) -> dict[str, float]:
 
 def lines(name: str) -> int:
     """Lines of a method's class, of the classes it is made from and of the losses it calls."""
-    todo: list[Any] = [methods.find(name)]
+    todo: list[Any] = [methods.find(FORMS.get(name, {}).get("name", name))]
     seen: set[Any] = set()
     while todo:
         part = todo.pop()
@@ -218,7 +220,7 @@ def measure(names: list[str], device: torch.device, rounds: int) -> dict[str, di
     out: dict[str, dict[str, Any]] = {}
     for mentors in ([TEACHER], [TEACHER, *PEERS]):
         ours = [name for name in names if (PAPERS[name][0] == "several") is (len(mentors) > 1)]
-        room = kit.room(device, mentors, images=IMAGES, **{"classroom.student": STUDENT, **KEYS})
+        room = kit.room(device, mentors, images=IMAGES, **{"classroom.student": STUDENT, "baselines": FORMS, **KEYS})
         with tempfile.TemporaryDirectory() as folder:
             seated: dict[str, dict[str, Way]] = {}
             for name in dict.fromkeys(["kd", *ours]):
@@ -255,10 +257,8 @@ def markdown(found: dict[str, dict[str, Any]], passed: dict[str, tuple[int, int]
             rows.append([f"`{name}`", family, paper, row["why not"].splitlines()[0], "", "", "", "", f"{done}/{of}"])
             continue
         needs = list(row["needs"])
-        if family == "several":
-            needs.insert(0, "any number of mentors" if row["teachers"] < 2 else f"{row['teachers']} mentors or more")
-        elif row["teachers"] == 0:
-            needs.insert(0, "no mentor")
+        several = "mentors" if row["teachers"] < 2 else f"{row['teachers']} mentors or more"
+        needs.insert(0, several if family == "several" else "teacher" if row["teachers"] else "no mentor")
         others = [p for p in row["phases"] if p != "main"]
         needs += [f"phases {', '.join(row['phases'])}"] if others and len(row["phases"]) > 1 else []
         extra = f"{row['parameters']:,}" if row["parameters"] else ""
@@ -275,12 +275,14 @@ def markdown(found: dict[str, dict[str, Any]], passed: dict[str, tuple[int, int]
 
 def main() -> None:
     parser = kit.arguments(__doc__)
-    parser.add_argument("--only", default=",".join(methods.METHODS), help="methods, separated by commas")
+    parser.add_argument("--only", default=",".join(PAPERS), help="methods, separated by commas")
     parser.add_argument("--contract", type=Path, help="junit file of the contract tests")
     parser.add_argument("--json", type=Path, help="write everything measured here too")
     args: argparse.Namespace = parser.parse_args()
     device = kit.start(args)
     names = args.only.split(",")
+    if unknown := set(methods.METHODS) - set(PAPERS):
+        raise SystemExit(f"PAPERS has no line for {', '.join(sorted(unknown))}")
     found = measure(names, device, args.rounds)
     for name, row in found.items():
         if "why not" not in row:
