@@ -112,7 +112,7 @@ def test_floating_point_images_are_refused(npz):
     pixels = np.random.default_rng(0).random((40, 32, 32, 3), dtype=np.float32)
     data = open_data(DataConfig(name=f"npz:{npz(train_images=pixels)}"))
     assert len(Stream(data, 8, seed=0)) == 5
-    with pytest.raises(RecipeError, match="strong views .* 8-bit") as caught:
+    with pytest.raises(RecipeError, match=r"strong views .* 8-bit") as caught:
         Stream(data, 8, seed=0, strong=True)
     assert "uint8" in caught.value.hint
 
