@@ -97,10 +97,9 @@ def free_memory(device: torch.device) -> int | None:
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # all there is: who uses it is not said
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():  # a container's share
-            found.append(int(text))
-    return min(found, default=None)
+    shares = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")]  # a container's
+    texts = [share.read_text().strip() for share in shares if share.is_file()]
+    return min([*found, *(int(text) for text in texts if text.isdigit())], default=None)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def attention(maps: Float[Tensor, "B C H W"], *, p: float = 2.0) -> Float[Tensor, "B HW"]:
     """Where a map is active: the channel mean of |activation|^p, flattened and L2-normalised per sample (AT)."""
-    return F.normalize(maps.abs().pow(p).mean(1).flatten(1), dim=1)
+    return F.normalize(maps.float().abs().pow(p).mean(1).flatten(1), dim=1)
 
 
 def attention_loss(
@@ -19,9 +19,12 @@ def attention_loss(
 
 
 def similarity_loss(student: Float[Tensor, "B ..."], mentor: Float[Tensor, "B ..."]) -> Float[Tensor, ""]:
-    """Sum of squared differences of the batch's Gram matrices, their rows L2-normalised, / B^2 (SP, arXiv 1907.09682)."""
-    gram = [F.normalize(x @ x.T, dim=1) for x in (student.flatten(1), mentor.flatten(1))]
-    return F.mse_loss(*gram)
+    """Who is like whom in the batch (SP, arXiv 1907.09682).
+
+    The sum of squared differences of the two B x B Gram matrices, their rows L2-normalised, divided by B^2.
+    """
+    s, t = (F.normalize(x @ x.T, dim=1) for x in (student.float().flatten(1), mentor.float().flatten(1)))
+    return F.mse_loss(s, t)
 
 
 def selectivity_loss(student: Float[Tensor, "B C H W"], mentor: Float[Tensor, "B D H W"]) -> Float[Tensor, ""]:
@@ -32,7 +35,7 @@ def selectivity_loss(student: Float[Tensor, "B C H W"], mentor: Float[Tensor, "B
     map's second moments, positions x positions. These are compared where there are fewer positions than channels, the
     kernels of all pairs of channels otherwise; both are the same number.
     """
-    s, t = (F.normalize(x.flatten(2), dim=2) for x in (student, mentor))
+    s, t = (F.normalize(x.float().flatten(2), dim=2) for x in (student, mentor))
     if s.shape[2] <= max(s.shape[1], t.shape[1]):
         moments = [x.mT @ x / x.shape[1] for x in (s, t)]
         return (moments[0] - moments[1]).square().sum((1, 2)).mean()
@@ -46,10 +49,13 @@ def selectivity_loss(student: Float[Tensor, "B C H W"], mentor: Float[Tensor, "B
 def variational_loss(
     mean: Float[Tensor, "B D H W"], mentor: Float[Tensor, "B D H W"], variance: Float[Tensor, " D"]
 ) -> Float[Tensor, ""]:
-    """Mean of ((mean - mentor)^2 / variance + log variance) / 2: a Gaussian's negative log-likelihood less its constant,
-    of the mentor's map given the student's; below zero where the variance is below one (VID, arXiv 1904.05835)."""
-    variance = variance[:, None, None]
-    return 0.5 * ((mean - mentor).square() / variance + variance.log()).mean()
+    """Mean of ((mean - mentor)^2 / variance + log variance) / 2 (VID, arXiv 1904.05835).
+
+    The negative log-likelihood, less its constant, of the mentor's map under a Gaussian that the student's predicts;
+    it may fall below zero where a variance is below one.
+    """
+    variance = variance.float()[:, None, None]
+    return 0.5 * ((mean.float() - mentor.float()).square() / variance + variance.log()).mean()
 
 
 def channel_variance(log_scale: Float[Tensor, " D"], *, eps: float = 1e-5) -> Float[Tensor, " D"]:
