@@ -48,6 +48,8 @@ class MapMethod(Method):
     """Cross-entropy, and a distance of its own summed over pairs of the student's and the teacher's maps."""
 
     needs = frozenset({"maps"})
+    spatial: bool = False
+    """Whether it compares positions of one map with each other, so that a single one says nothing."""
 
     def __init__(self, taps: Sequence[str] | None, ce_weight: float, outer_weight: float, option: str = "taps") -> None:
         super().__init__()
@@ -58,6 +60,14 @@ class MapMethod(Method):
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
         self.matched = partners(lesson, self.taps, self.option)
+        sizes = [adapters.fit(*maps)[0].shape[2:].numel() for maps in self.maps(lesson)]
+        if self.spatial and max(sizes) == 1:
+            told = ", ".join(f"{here} with {there}" for here, there in self.matched)
+            raise RecipeError(
+                f"method.{self.option}: the maps to compare ({told}) have one position each, and {type(self).__name__} "
+                "compares positions",
+                hint="Larger images (--set data.image_size), earlier taps, or a method that compares values (vid, sp).",
+            )
 
     def maps(self, lesson: Lesson) -> list[tuple[Tensor, Tensor]]:
         """The student's and the teacher's map of every pair."""
@@ -132,6 +142,8 @@ class AT(MapMethod):
     The larger map is average-pooled to the smaller. p: the power of activations.
     """
 
+    spatial = True
+
     def __init__(
         self,
         p: Annotated[float, Field(ge=1)] = 2.0,
@@ -167,6 +179,8 @@ class NST(MapMethod):
 
     The larger map is average-pooled to the smaller.
     """
+
+    spatial = True
 
     def __init__(self, taps: Taps | None = None, ce_weight: Weight = 1.0, outer_weight: Weight = 50.0) -> None:
         super().__init__(taps, ce_weight, outer_weight)
