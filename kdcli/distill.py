@@ -103,7 +103,7 @@ def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
 
 def _options(recipe: Recipe) -> str:
     """All options of a recipe's method as they are in force."""
-    values = {key: p.default for key, p in methods.options(recipe.method.name).items()} | recipe.method.options
+    values = methods.in_force(recipe.method.name, recipe.method.options)
     return ", ".join(f"{key} = {value}" for key, value in values.items() if value is not None) or "no options"
 
 

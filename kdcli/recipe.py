@@ -135,9 +135,7 @@ class Recipe(Section):
         idle: dict[str, Any] = {"title": True, "source": True, "expect": True, "baselines": True}
         idle |= {"train": {"checkpoint_minutes"}, "data": {"readers", "workers"}}
         plain = self.model_dump(mode="json", exclude=idle)
-        plain["method"] = {  # nothing has made these one type yet, and tau = 4 is tau = 4.0
-            key: float(value) if type(value) is int else value for key, value in plain["method"].items()
-        }
+        plain["method"] = _floats(plain["method"])  # nothing has made these one type yet, and tau = 4 is tau = 4.0
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def toml(self) -> str:
@@ -153,6 +151,15 @@ class Recipe(Section):
     def with_(self, **overrides: Any) -> "Recipe":
         """A copy with dotted keys replaced: `recipe.with_(**{"train.seed": 2})`."""
         return from_dict(merge(self.model_dump(exclude_none=True), _nest(overrides)), "recipe")
+
+
+def _floats(value: Any) -> Any:
+    """Whole numbers in a table, or a table within it, as fractions."""
+    if isinstance(value, dict):
+        return {key: _floats(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_floats(one) for one in value]
+    return float(value) if type(value) is int else value
 
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -17,7 +17,7 @@ class ClassroomKD(Method):
     mark_mean: how a batch's marks become one: `geometric` (Algorithm 1) or `arithmetic` (Eq. 4).
     filter: `rank` lets only mentors above the student teach (Eq. 6), `none` all.
     mentoring: `adaptive` temperatures (Eq. 8-9), `fixed` at tau (at 1 in the official variant, as the code has it), or
-        `dtkd` (Table 5): every sample's own, DTKD's, for the student and each mentor, around tau (its own papers' is 4).
+        `dtkd` (Table 5): every sample's own, DTKD's, for the student and each mentor, around tau (theirs: 4).
     gap: what the difference of ranks is divided by in Eq. 8.
     alpha: weight of the task loss: the student's `rank` (Eq. 10) or its `mark`; left out, what the variant says.
     beta, delta: Eq. 10-11. lambda_: the step between places in Eq. 14.

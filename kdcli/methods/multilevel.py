@@ -73,7 +73,7 @@ class MLKD(Method):
 
 @torch.no_grad()
 def masks(teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The shares of samples whose largest probability, and of classes whose mass in the batch, is not above the median."""
+    """The share of samples whose largest probability, and of classes whose mass in the batch, is at most the median."""
     p = teacher.float().softmax(-1)
     sure, mass = p.amax(-1), p.sum(0)
     return (sure <= sure.quantile(0.5)).float().mean(), (mass <= mass.quantile(0.5)).float().mean()

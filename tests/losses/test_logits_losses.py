@@ -268,7 +268,7 @@ def patterns(target: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_extreme_logits_stay_finite_forward_and_backward(dtype):
     target = torch.tensor([0, 1, 2, 3, 0, 1])
     for ours, theirs in itertools.product(patterns(target).items(), patterns(target).items()):
-        for name in every(*(torch.randn(6, 4) for _ in range(2)), target):
+        for name in every(torch.randn(6, 4), torch.randn(6, 4), target):
             student = ours[1].to(dtype).requires_grad_()
             value = every(student, theirs[1].to(dtype), target)[name]
             (grad,) = torch.autograd.grad(value.sum() / 6, student)
