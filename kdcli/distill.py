@@ -61,6 +61,7 @@ def open_session(
         mixup=config.mixup,
         cutmix=config.cutmix,
         label_smoothing=config.label_smoothing,
+        strong=any("two_views" in methods.build(one.method.name, one.method.options).needs for one in recipes.values()),
     )
     shares.check(len(data.train), config)
     dist.alike({"recipe": recipe.hash(), "data": data.pixels, **{one.name: one.digest for one in classroom.mentors}})
