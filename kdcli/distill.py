@@ -69,7 +69,7 @@ def open_session(
         data.train.store.record()
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
     precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
-    classroom.notes += [(f"method {one.method.name}", _options(one), "a method's own defaults but for what is given")
+    classroom.notes += [(f"method {one.method.label}", _options(one), "a method's own defaults but for what is given")
                         for one in {one.method.name: one for one in recipes.values()}.values()]  # fmt: skip
     student = learners[0].student
     classroom.notes.append((student.name, student.origin, "the student's weights"))

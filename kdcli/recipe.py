@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kdcli import own
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.home import shipped
 
@@ -62,6 +63,11 @@ class MethodConfig(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+    @property
+    def label(self) -> str:
+        """The name where it has to be short and safe: of an own method the class's."""
+        return own.label(self.name)
 
 
 class TrainConfig(Section):
@@ -131,16 +137,31 @@ class Recipe(Section):
 
     def hash(self) -> str:
         """sha256 of what decides the result: not titles, published figures, other methods' options, when to save or who
-        decodes."""
+        decodes; of an own method what its file holds, wherever that lies."""
         idle: dict[str, Any] = {"title": True, "source": True, "expect": True, "baselines": True}
         idle |= {"train": {"checkpoint_minutes"}, "data": {"readers", "workers"}}
         plain = self.model_dump(mode="json", exclude=idle)
         plain["method"] = _floats(plain["method"])  # nothing has made these one type yet, and tau = 4 is tau = 4.0
+        if own.named(self.method.name):
+            plain["method"]["name"] = f"{own.digest(self.method.name)}:{self.method.label}"
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def toml(self) -> str:
         """The whole recipe as TOML, defaults written out; what is unset is left out."""
         return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def own_methods(self) -> dict[str, str]:
+        """The user's own methods it names, with their files, by the name they go by in folders."""
+        names = [self.method.name, *self.baselines]
+        return {own.label(name): name for name in reversed(names) if own.named(name)}
+
+    def to_keep(self) -> "Recipe":
+        """A copy that looks for own methods beside its own file, each called as its class is."""
+        tables = self.model_dump(exclude_none=True)
+        rename = {name: f"{label}.py:{label}" for label, name in self.own_methods().items()}
+        tables["method"]["name"] = rename.get(self.method.name, self.method.name)
+        tables["baselines"] = {rename.get(name, name): options for name, options in self.baselines.items()}
+        return from_dict(tables, "recipe")
 
     def with_method(self, name: str) -> "Recipe":
         """A copy that runs another method on the same classroom, with the options `baselines` gives it."""
@@ -184,11 +205,22 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="Check the file's permissions.") from None
     base = tables.pop("extends", None)
     _check_keys(tables, str(path))
+    tables = located(tables, path.parent)
     if base is None:
         return tables
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends: one recipe's name or path, not {base!r}", hint='extends = "cifar100/base"')
     return merge(read(base, (*_seen, path)), tables)
+
+
+def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe's tables with the files of own methods found, from its `folder` or from here."""
+    method, beside = tables.get("method"), tables.get("baselines")
+    if isinstance(method, dict) and isinstance(method.get("name"), str):
+        tables = {**tables, "method": {**method, "name": own.resolve(method["name"], folder)}}
+    if isinstance(beside, dict):
+        tables = {**tables, "baselines": {own.resolve(name, folder): options for name, options in beside.items()}}
+    return tables
 
 
 def find(name: str, extended_by: Path | None = None) -> Path:
