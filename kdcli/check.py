@@ -83,7 +83,7 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "dry")
         live = recipe.with_(**{"classroom.bank": False})  # nothing is to be left behind
-        session = distill.open_session({recipe.method.name: live}, classroom, run, {recipe.method.name: run})
+        session = distill.open_session({recipe.method.label: live}, classroom, run, {recipe.method.label: run})
         learner = session.learners[0]
         learner.begin_epoch(0, lambda _: iter(()))
         times = []

@@ -260,6 +260,15 @@ def test_a_label_runs_the_method_it_names_with_the_figure_published_for_that_for
     assert read.expect.top1["kd"] == 62.0  # the recipe itself is unchanged
 
 
+def test_a_label_of_an_own_method_finds_its_file_beside_the_recipe_and_beside_the_run(write):
+    mine = write("mine.py", "")
+    read = recipe.load(write("a.toml", '[baselines]\nhot = { name = "mine.py:Mine", tau = 2.0 }'))
+    assert read.baselines == {"hot": {"name": f"{Path(mine).resolve()}:Mine", "tau": 2.0}}
+    assert read.own_methods() == {"Mine": f"{Path(mine).resolve()}:Mine"}
+    assert read.to_keep().baselines == {"hot": {"name": "Mine.py:Mine", "tau": 2.0}}
+    assert read.with_method("hot").method.options == {"tau": 2.0}
+
+
 # --- --set
 
 

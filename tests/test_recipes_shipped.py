@@ -100,6 +100,14 @@ TABLE_4 = {
     "table4b-diverse": 68.29,
 }
 TABLE_5 = {"table5-mbv2": ("r50-mbv2", 70.23), "table5-r20": ("r56-r20", 72.13)}
+TABLE_5_DTKD = {  # the row it extends, method, tau, figure
+    "table5-mbv2-dtkd": ("r50-mbv2", "dtkd", 4.0, 69.10),
+    "table5-mbv2-ours-dtkd4": ("r50-mbv2", "classroom", 4.0, 64.36),
+    "table5-mbv2-ours-dtkd12": ("r50-mbv2", "classroom", 12.0, 68.03),
+    "table5-r20-dtkd": ("r56-r20", "dtkd", 4.0, 72.05),
+    "table5-r20-ours-dtkd4": ("r56-r20", "classroom", 4.0, 71.18),
+    "table5-r20-ours-dtkd12": ("r56-r20", "classroom", 12.0, 70.02),
+}
 TABLE_6_B = {
     "r110-r20": 71.94,
     "r110-r32": 74.28,
@@ -326,7 +334,7 @@ def test_the_imagenet_row():
 
 
 def test_every_ablation_is_there():
-    wanted = {"table3", *TABLE_3, *TABLE_4, *TABLE_5, *(f"table6-{row}" for row in TABLE_6_B)}
+    wanted = {"table3", *TABLE_3, *TABLE_4, *TABLE_5, *TABLE_5_DTKD, *(f"table6-{row}" for row in TABLE_6_B)}
     assert {n.removeprefix("ablations/") for n in NAMES if n.startswith("ablations/")} == wanted
 
 
@@ -367,6 +375,23 @@ def test_table_5(name):
     assert read.hash() == base.hash()  # "Ours" is the row itself
     assert read.expect is not None
     assert read.expect.top1["classroom"] == figure
+
+
+@pytest.mark.parametrize("name", TABLE_5_DTKD)
+def test_table_5_with_dtkds_temperatures(name):
+    row, method, tau, figure = TABLE_5_DTKD[name]
+    read, base = recipe.load(f"ablations/{name}"), recipe.load(f"cifar100/{row}")
+    assert (read.method.name, read.method.options["tau"]) == (method, tau)
+    assert read.data == base.data
+    assert read.expect is not None
+    assert read.expect.top1[method] == figure
+    if method == "dtkd":  # its own recipe: one teacher, CRD's schedule
+        assert read.classroom == base.classroom.model_copy(update={"peers": []})
+        lr = 0.01 if row == "r50-mbv2" else 0.05
+        assert (read.train.schedule, read.train.lr, read.train.drop_last) == ("crd", lr, False)
+    else:
+        assert (read.classroom, read.train) == (base.classroom, base.train)
+        assert read.method.options == {**base.method.options, "mentoring": "dtkd", "tau": tau}
 
 
 @pytest.mark.parametrize("row", TABLE_6_B)
