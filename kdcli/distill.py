@@ -69,8 +69,9 @@ def open_session(
         data.train.store.record()
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
     precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
-    classroom.notes += [(f"method {one.method.label}", _options(one), "a method's own defaults but for what is given")
-                        for one in {one.method.name: one for one in recipes.values()}.values()]  # fmt: skip
+    forms = {(one.method.label, _options(one)): None for one in recipes.values()}
+    classroom.notes += [(f"method {name}", options, "a method's own defaults but for what is given")
+                        for name, options in forms]  # fmt: skip
     student = learners[0].student
     classroom.notes.append((student.name, student.origin, "the student's weights"))
     classroom.notes.append(("device", devices.describe(device), "--device chooses"))

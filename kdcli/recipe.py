@@ -131,7 +131,9 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     classroom: ClassroomConfig = ClassroomConfig()
     method: MethodConfig = MethodConfig()
-    baselines: dict[str, dict[str, Any]] = {}  # method -> its options when this recipe runs it instead of its own
+    # method -> its options when this recipe runs it instead of its own; with a `name` among them the key is a label, so
+    # that one method can be compared in several forms: tekap-l = { name = "tekap", parts = "logits" }
+    baselines: dict[str, dict[str, Any]] = {}
     train: TrainConfig = TrainConfig()
     expect: Expect | None = None
 
@@ -152,7 +154,7 @@ class Recipe(Section):
 
     def own_methods(self) -> dict[str, str]:
         """The user's own methods it names, with their files, by the name they go by in folders."""
-        names = [self.method.name, *self.baselines]
+        names = [self.method.name, *self.baselines, *(str(one.get("name", "")) for one in self.baselines.values())]
         return {own.label(name): name for name in reversed(names) if own.named(name)}
 
     def to_keep(self) -> "Recipe":
@@ -160,14 +162,25 @@ class Recipe(Section):
         tables = self.model_dump(exclude_none=True)
         rename = {name: f"{label}.py:{label}" for label, name in self.own_methods().items()}
         tables["method"]["name"] = rename.get(self.method.name, self.method.name)
-        tables["baselines"] = {rename.get(name, name): options for name, options in self.baselines.items()}
+        for options in tables["baselines"].values():
+            options |= {"name": rename.get(options["name"], options["name"])} if "name" in options else {}
+        tables["baselines"] = {rename.get(name, name): options for name, options in tables["baselines"].items()}
         return from_dict(tables, "recipe")
 
     def with_method(self, name: str) -> "Recipe":
-        """A copy that runs another method on the same classroom, with the options `baselines` gives it."""
+        """A copy that runs another method on the same classroom, with the options `baselines` gives it.
+
+        A label of `baselines` runs the method it names, in its form: the recipe's own method keeps its other options.
+        """
         if name == self.method.name:
             return self
-        return self.with_(method={"name": name, **self.baselines.get(name, {})})
+        other = self.with_(method={"name": name, **self.baselines.get(name, {})})
+        if other.expect and other.method.name != name:  # what was published of the method was of another form of it
+            for figures in (other.expect.top1, other.expect.top5):
+                figures.pop(other.method.name, None)
+                if name in figures:
+                    figures[other.method.name] = figures.pop(name)
+        return other
 
     def with_(self, **overrides: Any) -> "Recipe":
         """A copy with dotted keys replaced: `recipe.with_(**{"train.seed": 2})`."""
@@ -219,7 +232,10 @@ def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         tables = {**tables, "method": {**method, "name": own.resolve(method["name"], folder)}}
     if isinstance(beside, dict):
-        tables = {**tables, "baselines": {own.resolve(name, folder): options for name, options in beside.items()}}
+        tables = {**tables, "baselines": {own.resolve(name, folder): one for name, one in beside.items()}}
+        for label, options in tables["baselines"].items():
+            if isinstance(options, dict) and isinstance(options.get("name"), str):
+                tables["baselines"][label] = {**options, "name": own.resolve(options["name"], folder)}
     return tables
 
 

@@ -103,7 +103,7 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
     from kdcli.cli import show
 
     for name in names:
-        known.find(name)
+        known.find(config.with_method(name).method.name)
     folder = distill.run_folder(out, config, "compare")
     quickstart.prepare_mentors(config, device, lambda e, s: show.follow(e, s, quiet=quiet))
     if independent:
