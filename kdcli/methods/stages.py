@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from kdcli.errors import RecipeError
 from kdcli.losses.stages import boundary_loss, factor_loss
 from kdcli.methods.adapters import fit, pair
 from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
@@ -56,7 +57,18 @@ class FT(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
-        s, c = _last(lesson.student.stages).shape[1], _last(lesson.teacher.stages).shape[1]
+        ours, theirs = _last(lesson.student.stages), _last(lesson.teacher.stages)
+        if (
+            self.variant == "official"
+            and min(ours.shape[2], theirs.shape[2]) * min(ours.shape[3], theirs.shape[3]) == 1
+        ):
+            raise RecipeError(
+                "method.variant: the official form compares where factors are strong, and the last maps are pooled to "
+                f"maps of one position ({room.student.name}'s is {ours.shape[2]}x{ours.shape[3]}, the teacher's "
+                f"{theirs.shape[2]}x{theirs.shape[3]})",
+                hint='Use variant = "paper", or larger pictures (data.image_size).',
+            )
+        s, c = ours.shape[1], theirs.shape[1]
         k = max(int(c * self.factor), 1)
         encoder = _layers(nn.Conv2d, [(c, c), (c, k), (k, k)])
         decoder = _layers(nn.ConvTranspose2d, [(k, k), (k, c), (c, c)])
