@@ -122,7 +122,7 @@ def _lay_out_learners(session: Session, classroom: Classroom) -> None:
 def again(run: Run) -> list[str]:
     """The methods of a compare that is to be resumed, own ones as the run keeps them."""
     kept = run.recipe.own_methods()
-    return [kept.get(label, label) for label in run.provenance["methods"]]
+    return [kept.get(str(label), str(label)) for label in run.provenance["methods"]]
 
 
 def go(session: Session, *, resume: bool = False) -> Iterator[Event]:

@@ -1,7 +1,8 @@
 """What every method must pass (DESIGN section 8), with every set of options that changes what it computes.
 
 The checks are kdcli.contract's, which `kdcli check --method` runs too. A method that is added to
-`kdcli.methods.METHODS` is tested here from then on; give it a line in OPTIONS when its options select between equations.
+`kdcli.methods.METHODS` is tested here from then on; give it a line in OPTIONS when its options select between
+equations.
 """
 
 import itertools
@@ -102,7 +103,8 @@ def test_contract(check, name, options):
     try:
         toy().put(CHECKS[check], name, options)
     except Idle as why:
-        assert name in IDLE.get(check, ()), f"says nothing of {name}: {why}"
+        if name not in IDLE.get(check, ()):
+            pytest.fail(f"says nothing of {name}: {why}")
 
 
 @pytest.mark.parametrize(
