@@ -58,5 +58,5 @@ def attended(
 
 
 def ramp(epoch: float, *, epochs: float) -> float:
-    """exp(-5 (1 - min(epoch, epochs) / epochs)^2): the weight of what students teach each other, before they know much."""
+    """exp(-5 (1 - min(epoch, epochs) / epochs)^2): what students teach each other weighs little at first."""
     return math.exp(-5 * (1 - min(epoch, epochs) / epochs) ** 2) if epochs else 1.0

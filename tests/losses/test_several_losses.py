@@ -59,7 +59,7 @@ def test_mean_gradients_are_autograds():
 
 
 def problems() -> list[tuple[Tensor, float]]:
-    """Gradients and bounds: of all numbers of teachers, well and badly conditioned, with and without a bound at work."""
+    """Gradients and bounds: of two to six teachers, well and badly conditioned, with and without a bound at work."""
     torch.manual_seed(0)
     out = []
     for n in range(60):
