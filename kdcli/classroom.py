@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from kdcli import names, weights
 from kdcli.data import DataSet
 from kdcli.errors import RecipeError, WeightsError
+from kdcli.methods.base import Maps, View
+from kdcli.models.taps import Taps
 from kdcli.names import ModelName, Net
 from kdcli.recipe import ClassroomConfig, Recipe
 from kdcli.zoo import RGB, Card
+
+NOTHING: frozenset[str] = frozenset()
+READ = frozenset({"pooled", "maps", "pre"})  # of what a method may need, what a network's pass must be asked for
 
 
 class Member(nn.Module):
@@ -54,6 +59,7 @@ class Member(nn.Module):
         self.register_buffer("class_index", class_index, persistent=False)
         self._pooled: dict[int, Tensor | None] = {}  # thread -> its pooled vectors: threads may share one mentor
         self._head: list[nn.Module] = []  # a list, for a module would be listed among the parameters twice
+        self._taps: dict[bool, Taps] = {}  # with what comes before activations, and without
 
     def read(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 S S"]:
         """Pixels in [0, 1] resized to this network's input size and normalised with its mean and std."""
@@ -62,33 +68,102 @@ class Member(nn.Module):
             pixels = F.interpolate(pixels, size=(self.input_size, self.input_size), mode=mode, antialias=True)
         return (pixels - self.mean_) / self.std_
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
-        out = self.net(self.read(pixels).to(next(self.net.parameters()).dtype))
-        return out if self.class_index is None else out.index_select(-1, self.class_index)
-
-    def look(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B D"]]:
-        """Logits, and the penultimate vectors: what the last linear layer is given, maps and tokens averaged.
-
-        Raises WeightsError for a network that does not end in such a layer.
-        """
+    def forward(self, pixels: Float[Tensor, "B 3 H W"], needs: frozenset[str] = NOTHING) -> Any:
+        """Logits [B, K]; with `needs` what `see` makes a View of: logits, pooled vectors or None, maps or None."""
+        x = self.read(pixels).to(next(self.net.parameters()).dtype)
+        if not needs:
+            return self._mine(self.net(x))
+        if "pooled" not in needs:
+            return *self._seen(x, needs), None
         thread = threading.get_ident()
-        self.watch()
+        self.prepare(needs)
         self._pooled[thread] = None
         try:
-            out = self(pixels)
+            out, maps = self._seen(x, needs)
         finally:
             pooled = self._pooled.pop(thread)
         assert pooled is not None
         if pooled.ndim > 2:
             pooled = pooled.mean((2, 3)) if isinstance(self._head[0], nn.Conv2d) else pooled.flatten(1, -2).mean(1)
-        return out, pooled
+        return out, maps, pooled
 
-    def watch(self) -> int:
-        """Make ready for `look`, which several threads may then call at once; the length D of its vectors."""
-        if not self._head:
+    def _seen(self, x: Float[Tensor, "B 3 S S"], needs: frozenset[str]) -> tuple[Tensor, Maps | None]:
+        if not needs & {"maps", "pre"}:
+            return self._mine(self.net(x)), None
+        self.prepare(needs)
+        out, maps = self._taps["pre" in needs](x)
+        return self._mine(out), maps
+
+    def _mine(self, out: Float[Tensor, "B C"]) -> Float[Tensor, "B K"]:
+        return out if self.class_index is None else out.index_select(-1, self.class_index)
+
+    def see(self, pixels: Float[Tensor, "B 3 H W"], needs: frozenset[str] = NOTHING) -> View:
+        """Its answer with what is needed beside logits: `pooled` vectors, `maps` by tap, `pre` with both.
+
+        pooled are the penultimate vectors: what the last linear layer is given, maps and tokens averaged.
+        Raises WeightsError for a network that has none, or whose maps cannot be read.
+        """
+        needs &= READ
+        if not needs:
+            return View(self(pixels))
+        out, maps, pooled = self(pixels, needs)
+        return View(out, pooled, maps)
+
+    def prepare(self, needs: frozenset[str]) -> None:
+        """Make ready for `see`, which several threads may then call at once."""
+        if "pooled" in needs and not self._head:
             self._head.append(last_linear(self.net, self.architecture.full))
             self._head[0].register_forward_pre_hook(self._keep)
-        return int(getattr(self._head[0], "in_features", 0) or self._head[0].in_channels)  # pyright: ignore
+        if needs & {"maps", "pre"} and ("pre" in needs) not in self._taps:
+            taps = Taps(self.net, self.input_size, self.architecture.full, pre="pre" in needs)
+            self._taps["pre" in needs] = taps
+
+    def forget(self) -> None:
+        """Modules of the network were replaced: what `prepare` found is no longer there."""
+        self._taps.clear()
+        self._head.clear()
+
+    @property
+    def head(self) -> nn.Linear | nn.Conv2d:
+        """The layer that turns pooled vectors into logits. Raises WeightsError for a network without one."""
+        return last_linear(self.net, self.architecture.full)  # pyright: ignore[reportReturnType]
+
+    @property
+    def width(self) -> int:
+        """How long its pooled vectors are."""
+        head = self.head
+        return head.in_features if isinstance(head, nn.Linear) else head.in_channels
+
+    def classify(self, pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        """Logits of pooled vectors through this network's own head, which learns nothing by it."""
+        head = self.head
+        bias = None if head.bias is None else head.bias.detach().float()
+        return self._mine(F.linear(pooled.float(), head.weight.detach().float().flatten(1), bias))
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Raise WeightsError unless `classify` of its pooled vectors is its answer (SqueezeNet's ends in a ReLU)."""
+        training = self.training
+        seen = self.eval().see(torch.rand(2, 3, self.input_size, self.input_size).to(self.mean_), frozenset({"pooled"}))
+        self.train(training)
+        out, again = seen.out.float(), self.classify(seen.vectors)
+        if not torch.allclose(again, out, rtol=1e-2, atol=1e-2 * float(out.abs().max())):
+            raise WeightsError(
+                f"{self.architecture.full} does more after its last linear layer, so that layer alone cannot be borrowed",
+                hint="Choose another network as teacher, or a method that borrows no classifier.",
+            )
+
+    @torch.no_grad()
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """What can be read of it, by name, with its shape for one image: stages, pooled vectors, logits."""
+        needs, training = frozenset({"maps", "pooled"}), self.training
+        pixels = torch.zeros(2, 3, self.input_size, self.input_size, device=self.mean_.device)
+        seen = self.eval().see(pixels, needs)
+        self.train(training)
+        assert isinstance(seen.maps, dict)
+        return {
+            name: tuple(x.shape[1:]) for name, x in {**seen.maps, "pooled": seen.vectors, "logits": seen.out}.items()
+        }
 
     def _keep(self, _: nn.Module, given: tuple[Any, ...]) -> None:
         if (thread := threading.get_ident()) in self._pooled:
@@ -123,9 +198,12 @@ class Classroom:
     banks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What provenance says of each mentor's bank, by the mentor's name."""
 
-    def student(self, seed: int) -> Member:
-        """A student with the initial weights that `seed` names, or the weights its name gives (`@...`)."""
-        name, data = self.student_name, self.data
+    def student(self, seed: int, arch: str | None = None) -> Member:
+        """A student with the initial weights that `seed` names, or the weights its name gives (`@...`).
+
+        `arch` names another network for it.
+        """
+        name, data = names.resolve(arch) if arch else self.student_name, self.data
         found = weights.choose(
             name,
             role="student",

@@ -79,11 +79,9 @@ def open_session(
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
     if any(learner.method.teachers for learner in learners):
-        pooled = any(learner.method.teachers and "pooled" in learner.method.needs for learner in learners)
+        needs = frozenset().union(*(learner.method.needs for learner in learners if learner.method.teachers))
         ahead, graph = recipe.classroom.ahead or 0, config.cuda_graph
-        mentors = dist.in_turn(
-            lambda: fill.open_mentors(classroom, recipe, pooled=pooled, ahead=ahead, cuda_graph=graph)
-        )
+        mentors = dist.in_turn(lambda: fill.open_mentors(classroom, recipe, needs=needs, ahead=ahead, cuda_graph=graph))
     else:
         mentors = Mentors([], precision, device)
     compiled = _to_compile(recipe, mentors, max(one.epochs for one in learners) * len(stream) * config.batch_size)
@@ -96,7 +94,7 @@ def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
     """Which mentors are compiled when the training begins."""
     if recipe.classroom.compile is not None:
         return [member.name for member in mentors.members] if recipe.classroom.compile else []
-    if mentors.banks or mentors.pooled:  # what a bank keeps must have the same last bits whoever filled it
+    if mentors.banks or mentors.needs:  # what a bank keeps must have the same last bits whoever filled it
         return []
     return worth_compiling(mentors.members, images)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdcli import banks, device as devices
 from kdcli.bank import Bank
 from kdcli.banks import WITHOUT
-from kdcli.classroom import Classroom, Member
+from kdcli.classroom import NOTHING, Classroom, Member
 from kdcli.data import Batch, DataSet
 from kdcli.errors import DataError, InterruptedRun, RecipeError
 from kdcli.mentors import Mentors
@@ -68,7 +68,7 @@ def identity(member: Member, data: DataSet, precision: str, recipe: Recipe) -> d
         "classes": member.num_classes,
         "precision": precision,
         "top": recipe.classroom.bank_top,
-        "pooled": member.watch() if recipe.classroom.bank_pooled else 0,
+        "pooled": member.width if recipe.classroom.bank_pooled else 0,
     }
 
 
@@ -130,7 +130,7 @@ def check(mentors: Mentors, data: DataSet) -> None:
             continue
         index, slots = bank.names_of(rows)
         pixels = next(data.train.store.batches(index, views.named(index, slots), len(index), mentors.device))
-        out = mentors.ask_alike(pixels, [n])[0][0].cpu()
+        out = mentors.ask_alike(pixels, [n])[0].out.cpu()
         alike = bank.record.alike(bank.table[rows], out, SHARE[mentors.precision])
         if not bool(alike.all()):
             raise DataError(
@@ -184,15 +184,21 @@ def build(mentors: Mentors, classroom: Classroom, recipe: Recipe, epochs: int | 
 
 
 def open_mentors(
-    classroom: Classroom, recipe: Recipe, *, pooled: bool = False, ahead: int = 1, cuda_graph: bool = False
+    classroom: Classroom,
+    recipe: Recipe,
+    *,
+    needs: frozenset[str] = NOTHING,
+    ahead: int = 1,
+    cuda_graph: bool = False,
 ) -> Mentors:
     """The classroom's mentors, with their banks, checked, where the recipe asks for them."""
     config, device = recipe.classroom, classroom.device
     precision, _ = devices.precision(config.precision, device, frozen=True)
     found = open_banks(classroom, recipe, precision) if config.bank else []
-    pooled = pooled or (config.bank and config.bank_pooled)
+    if config.bank and config.bank_pooled:
+        needs |= {"pooled"}
     mentors = Mentors(
-        classroom.mentors, precision, device, banks=found, pooled=pooled, ahead=ahead, cuda_graph=cuda_graph
+        classroom.mentors, precision, device, banks=found, needs=needs, ahead=ahead, cuda_graph=cuda_graph
     )
     check(mentors, classroom.data)
     return mentors

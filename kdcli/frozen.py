@@ -10,47 +10,54 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from kdcli.classroom import Member
+from kdcli.classroom import NOTHING, READ, Member
 from kdcli.device import dtype_of
+from kdcli.methods.base import View
 
 PROBES = 8  # images that a quick form is compared on; oneDNN computes fewer than five in another order
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3}  # of the largest logit: far above rounding, far below a wrong net
-
-Answer = tuple[Tensor, Tensor | None]
-"""Logits [B, K] and pooled vectors [B, D] (None unless asked for), float32."""
 
 
 class Frozen:
     """A copy of a mentor's network that answers faster; the mentor itself is left alone but for being frozen.
 
-    Called with pixels in [0, 1] it gives logits in float32, and, `pooled`, penultimate vectors.
+    Called with pixels in [0, 1] it gives its View in float32: logits, and what `needs` asks beside them.
 
     Batch norms are folded into the convolutions before them wherever torch.fx can follow the network, weights lie with
     channels last, in `precision`. Answers agree with the mentor's own up to rounding, which is checked here.
     """
 
-    def __init__(self, member: Member, precision: str, device: torch.device, *, pooled: bool = False) -> None:
+    def __init__(
+        self, member: Member, precision: str, device: torch.device, *, needs: frozenset[str] = NOTHING
+    ) -> None:
         self.member = member.requires_grad_(False).eval()
         self.precision, self.device, self.dtype = precision, device, dtype_of(precision)
         self.folded = False
-        net = copy.deepcopy(member.net)
-        quick = None if pooled else _folded(net)  # folded, it need not have the layer that pooled vectors come to
+        net, self.needs = copy.deepcopy(member.net), needs & READ
+        quick = None if self.needs else _folded(net)  # folded, it need not have the layers that are to be read
         if quick is not None and self._agrees(quick, net):
             net, self.folded = quick, True
         self.net = net.to(dtype=self.dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.twin = member.with_net(self.net) if pooled else None
+        self.twin = member.with_net(self.net) if self.needs else None
+        if self.twin is not None:
+            self.twin.prepare(self.needs)
         self.compiled: nn.Module | None = None
         self.shape: torch.Size | None = None
 
+    def __call__(self, pixels: Float[Tensor, "B 3 H W"]) -> View:
+        if self.twin is None:
+            return self._logits(pixels)
+        with torch.no_grad():  # not inference mode, whose tensors no loss could save
+            view = self.twin.see(pixels, self.needs)
+            pooled = view.vectors if view.pooled is not None else None
+            return View(view.out.float(), pooled, view.stages if view.maps is not None else None)
+
     @torch.inference_mode()
-    def __call__(self, pixels: Float[Tensor, "B 3 H W"]) -> Answer:
-        if self.twin is not None:
-            out, vectors = self.twin.look(pixels)
-            return out.float(), vectors.float()
+    def _logits(self, pixels: Float[Tensor, "B 3 H W"]) -> View:
         x = self.member.read(pixels).to(self.dtype, memory_format=torch.channels_last)
         net = self.compiled if self.compiled is not None and x.shape == self.shape else self.net
         out = net(x).float()
-        return out if self.member.class_index is None else out.index_select(-1, self.member.class_index), None
+        return View(out if self.member.class_index is None else out.index_select(-1, self.member.class_index))
 
     def compile(self, batch_size: int) -> str:
         """Compile for batches of this size alone; other sizes go the old way. Returns why not, or nothing.
@@ -58,7 +65,7 @@ class Frozen:
         Called in the thread that is to answer, since the code is made for its number of cores.
         """
         if self.twin is not None:
-            return "pooled vectors are read inside it"
+            return "more than its logits is read"
         size = self.member.input_size
         probe = _probe((batch_size, 3, size, size), self.device).to(self.dtype, memory_format=torch.channels_last)
         try:

@@ -7,13 +7,15 @@ from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler.scheduler import Scheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from kdcli import device as devices, dist, methods, schedule, shares, zoo
 from kdcli.capture import Captured
-from kdcli.classroom import Classroom, Member
+from kdcli.classroom import READ, Classroom, Member
 from kdcli.data import Batch, DataSet
 from kdcli.errors import DivergedError, RecipeError, did_you_mean
 from kdcli.evaluate import Score
@@ -43,12 +45,17 @@ class Learner:
         check_graph(self.method, recipe, self.device, self.precision)
         self.generator = torch.Generator(self.device)
         self.student = classroom.student(self.config.seed)
-        self.method.room = Room(self.student, classroom.mentors, data, self.task)
+        self.needs, self.readers = self.method.needs & READ, {"student": self.student}
+        self.method.room = Room(
+            self.student, classroom.mentors, data, self.task, self.config, self.device, classroom.student
+        )
         self.method.setup(self.method.room, self._first_lesson())
         self.method.to(self.device)
         if self.config.sync_bn:
             for module in (self.student, *self.method.learners().values()):
                 dist.sync_norms(module)
+                if isinstance(module, Member):
+                    module.forget()
         self.steps_per_epoch = steps_per_epoch
         self.phases = self.method.phases(self.config)
         self.epochs = sum(phase.epochs for phase in self.phases)
@@ -62,18 +69,25 @@ class Learner:
         self.accumulate = self.config.accumulate  # micro-batches per update; more where memory ran out
         self.fitted: set[tuple[int, ...]] = set()  # phase, micro-batches and images of steps that memory held
         self.updating = False  # between the gradients and the end of a step: not to be done twice
+        self.trained: dict[str, tuple[Optimizer, Scheduler, GradScaler]] = {}  # what phases of a name go on with
         self._enter(0)
 
     def _first_lesson(self) -> Lesson | None:
         """One real lesson for methods that size themselves by it."""
-        if self.method.needs <= {"hard_target", "full_batches"}:
+        asked = self.method.needs - {"hard_target", "full_batches", "pairs"}
+        if not asked:
             return None
         batch = next(self.classroom.data.train.plain(2, self.device))
-        mentors, pooled = self.classroom.mentors, "pooled" in self.method.needs
+        if "two_views" in asked:
+            batch.strong = batch.pixels
         with torch.no_grad():
-            seen = [mentor.look(batch.pixels) if pooled else (mentor(batch.pixels), None) for mentor in mentors]
-        vectors = tuple(some.float() for _, some in seen if some is not None)
-        view = View(torch.stack([out.float() for out, _ in seen]), vectors or None) if seen else None
+            seen = [mentor.see(batch.pixels, self.needs) for mentor in self.classroom.mentors]
+        view = None
+        if seen:
+            vectors = tuple(one.vectors for one in seen) if "pooled" in self.needs else None
+            maps = tuple(one.stages for one in seen) if self.needs & {"maps", "pre"} else None
+            view = View(torch.stack([one.out.float() for one in seen]), vectors, maps)
+            view.strong = view if "two_views" in asked else None
         return self.lesson(batch, view, 0.0, 0)
 
     def _enter(self, number: int) -> None:
@@ -84,18 +98,21 @@ class Learner:
         for module in learners.values():
             module.requires_grad_(any(module is one for one in taught))
         parts = nn.ModuleList([*taught, self.method])
-        config = self.phase.train
-        self.optimizer = make_optimizer(parts, config)
+        config, of_name = self.phase.train, [phase for phase in self.phases if phase.name == self.phase.name]
+        if self.phase.name not in self.trained:
+            optimizer = make_optimizer(parts, config)
+            rates = schedule.build(optimizer, config, sum(phase.epochs for phase in of_name), self.steps_per_epoch)
+            scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # pyright: ignore
+            self.trained[self.phase.name] = optimizer, rates, scaler
+        self.optimizer, self.schedule, self.scaler = self.trained[self.phase.name]
         self.rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
-        self.schedule = schedule.build(self.optimizer, config, self.phase.epochs, self.steps_per_epoch)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # pyright: ignore
         self.parameters = [p for p in parts.parameters() if p.requires_grad]
         self.tally, self.first_bad = Tally(), {}
         self.recorded = Captured(self._learn_tensors, (self.generator,)) if config.cuda_graph else None
-        readers = {name: module for name, module in learners.items() if isinstance(module, Member)}
+        self.readers |= {name: module for name, module in learners.items() if isinstance(module, Member)}
         self.forward = {
             name: dist.parallel(self.compiled if module is self.student else module, name in self.phase.learners)
-            for name, module in {"student": self.student, **readers}.items()
+            for name, module in self.readers.items()
         }
         averaged = {p for module in self.forward.values() for p in module.parameters()}
         self.replicated = [p for p in self.parameters if p not in averaged]
@@ -110,7 +127,8 @@ class Learner:
             start, number = start + self.phases[number].epochs, number + 1
         if number != self.phase_number:
             self._enter(number)
-        self.phase_start = start
+        before = sum(phase.epochs for phase in self.phases[:number] if phase.name == self.phase.name)
+        self.phase_start = start - before  # as if the phases of this name had been one, with no others in between
         self.method.train()  # first, for learners may be parts of it
         for name, module in self.method.learners().items():
             module.train(name in self.phase.learners)  # who does not learn now keeps its batch statistics too
@@ -131,7 +149,7 @@ class Learner:
         self.step_number, self.at = step, epoch + number / self.steps_per_epoch
         if self.recorded is not None and self.accumulate == 1:  # what was recorded has no parts
             names = (batch.pixels, batch.target, batch.index, batch.view)
-            self.recorded(*names, *(() if taught is None else (taught.out, *(taught.pooled or ()))))
+            self.recorded(*names, *(() if taught is None else (taught.out, *(taught.pooled or ()))))  # pyright: ignore
         else:
             self._learn(batch, taught)
         if self.ema is not None:
@@ -172,7 +190,9 @@ class Learner:
         # compiled for whole batches only, so that the short last one compiles nothing anew
         whole = len(part.names.index) == self.config.batch_size // self.config.accumulate
         with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
-            own = {name: View(self._forward(name, part.pixels, whole)) for name in self.forward}
+            own = {name: self._forward(name, part.pixels, whole) for name in self.forward}
+            for name, view in own.items():
+                view.strong = None if part.strong is None else self._forward(name, part.strong, whole)
         views = {name: shares.whole(view, part) for name, view in own.items()}
         if number:  # micro-batches draw different noise
             self._seed_noise(step, number)
@@ -182,10 +202,14 @@ class Learner:
         self._note(lesson, terms, share)
         return lesson
 
-    def _forward(self, name: str, pixels: Tensor, whole: bool) -> Tensor:
-        """A learner's logits."""
+    def _forward(self, name: str, pixels: Tensor, whole: bool) -> View:
+        """A learner's answer."""
         eager = name == "student" and not whole and dist.alone()
-        return self.student(pixels) if eager else self.forward[name](pixels)
+        module = self.student if eager else self.forward[name]
+        if not self.needs:
+            return View(module(pixels))
+        out, maps, pooled = module(pixels, self.needs)
+        return View(out, pooled, maps)
 
     @property
     def coupled(self) -> bool:
@@ -194,16 +218,22 @@ class Learner:
 
     @torch.no_grad()
     def look(self, batch: Batch) -> View:
-        """The student's answer to a batch that teaches it nothing: eval mode, no gradient; its mode is put back."""
-        training = self.student.training
-        view = View(self.student.eval()(batch.pixels))
-        self.student.train(training)
+        """The student's answer to a batch that teaches it nothing."""
+        return self._look(self.student, batch)
+
+    def _look(self, member: Member, batch: Batch) -> View:
+        """A learner's answer in eval mode, without gradient; its mode is put back."""
+        training = member.training
+        view = member.eval().see(batch.pixels, self.needs)
+        view.strong = None if batch.strong is None else member.see(batch.strong, self.needs)
+        member.train(training)
         return view
 
     def lesson(self, batch: Batch, mentors: View | None, epoch: float, step: int) -> Lesson:
         """A lesson that teaches the student nothing: its answer in eval mode, without gradient."""
         self._seed_noise(step)
-        return self._lesson(batch, {"student": self.look(batch)}, mentors, epoch, step)
+        views = {name: self._look(one, batch) for name, one in self.readers.items()}
+        return self._lesson(batch, views, mentors, epoch, step)
 
     def _lesson(self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int) -> Lesson:
         student, names = views["student"], batch.names
@@ -274,8 +304,10 @@ class Learner:
         return {
             "method": self.method.state_dict(),
             "learners": {name: module.state_dict() for name, module in self.method.learners().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "trained": {
+                name: {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                for name, (optimizer, _, scaler) in self.trained.items()
+            },
             "ema": self.ema.state_dict() if self.ema is not None else {},
             "phase": self.phase_number,
             "tally": self.tally.state(),
@@ -285,13 +317,15 @@ class Learner:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state()`. Raises RuntimeError/KeyError when it belongs to another recipe."""
-        if state["phase"] != self.phase_number:
-            self._enter(state["phase"])
+        for number in range(state["phase"] + 1 if state["phase"] != self.phase_number else 0):
+            self._enter(number)  # one after the other, for each may have an optimiser of its own
         self.method.load_state_dict(state["method"])
         for name, module in self.method.learners().items():
             module.load_state_dict(state["learners"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, kept in state["trained"].items():
+            optimizer, _, scaler = self.trained[name]
+            optimizer.load_state_dict(kept["optimizer"])
+            scaler.load_state_dict(kept["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.tally.load(state["tally"], self.device)
@@ -337,9 +371,27 @@ def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -
             f"method {name} marks answers by one true class, which mixup and cutmix take away",
             hint="--set train.mixup=0 --set train.cutmix=0, or a method without marks (kd, aver).",
         )
-    if recipe.classroom.bank and method.teachers and "maps" in method.needs:
+    mixing = recipe.train.mixup or recipe.train.cutmix
+    if method.needs & {"index", "two_views"} and mixing:
+        what = "remembers single images by their number" if "index" in method.needs else "reads each image twice"
         raise RecipeError(
-            f"classroom.bank: method {name} reads its mentors' intermediate maps, and a bank answers logits",
+            f"method {name} {what}, and mixup and cutmix make one of two",
+            hint="--set train.mixup=0 --set train.cutmix=0",
+        )
+    few, left = recipe.train.batch_size // recipe.train.accumulate, len(classroom.data.train) % recipe.train.batch_size
+    if "pairs" in method.needs and (few < 2 or (left == 1 and not recipe.train.drop_last)):
+        where = "the last batch of an epoch" if few >= 2 else "a batch"
+        raise RecipeError(
+            f"method {name} compares the images of a batch, and {where} is one image "
+            f"({len(classroom.data.train)} images in batches of {recipe.train.batch_size})",
+            hint="--set train.drop_last=true"
+            if few >= 2
+            else "A larger --set train.batch_size, and train.accumulate=1.",
+        )
+    if recipe.classroom.bank and method.teachers and method.needs & {"maps", "pre", "two_views"}:
+        raise RecipeError(
+            f"classroom.bank: method {name} reads its mentors' intermediate maps or a second view, and a bank "
+            "keeps logits (and pooled vectors) of one",
             hint="--set classroom.bank=false",
         )
     if recipe.classroom.bank and method.teachers and "pooled" in method.needs and not recipe.classroom.bank_pooled:
@@ -365,6 +417,9 @@ def check_graph(method: methods.Method, recipe: Recipe, device: torch.device, pr
         f"train.optimizer = {train.optimizer!r} is not sgd, adam or adamw": train.optimizer not in GRAPHED,
         f"method {recipe.method.name} counts steps on the host": not method.capturable,
         "several ranks exchange answers within a step": not dist.alone(),
+        f"method {recipe.method.name} reads intermediate maps or two views": bool(
+            method.needs & {"maps", "pre", "two_views"}
+        ),
     }
     if train.cuda_graph and (why := [reason for reason, true in reasons.items() if true]):
         raise RecipeError(f"train.cuda_graph: {'; '.join(why)}", hint="--set train.cuda_graph=false")

@@ -69,7 +69,7 @@ def accounted(session: "Session", batches: Iterable[T]) -> Iterator[T]:
 def _fits(learner: "Learner", images: int, do: Callable[[], object]) -> bool:
     """Whether `do` ran through; if not, the learner is as it was before, and the memory free again."""
     size = (learner.phase_number, learner.accumulate, images)
-    norms = [] if size in learner.fitted else _statistics(learner.method.learners().values())
+    norms = [] if size in learner.fitted else _statistics([*learner.method.learners().values(), learner.method])
     before, tally = [norm.clone() for norm in norms], learner.tally.state()
     try:
         do()

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kdcli.capture import Captured
-from kdcli.classroom import Member
+from kdcli.classroom import NOTHING, READ, Member
 from kdcli.data import Batch
 from kdcli.data.base import moved
-from kdcli.frozen import Answer, Frozen
+from kdcli.frozen import Frozen
 from kdcli.methods.base import View
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Mentors:
     that need not wait for each other within a layer are faster. Answers come back in float32.
 
     With `banks`, one for each member, answers are read from there, and networks asked only for what is not there yet;
-    what is handed out went through the bank's rounding in any case. `pooled` adds penultimate vectors.
+    what is handed out went through the bank's rounding in any case. `needs`, of methods, says what else than logits is
+    read of them: pooled vectors (which banks may have too), maps (which need live networks).
 
     ahead: batches answered at once in `taught` where there are no banks; 0 until that is decided.
     cuda_graph: record the pass of all mentors as one CUDA graph (logits alone, without banks).
@@ -49,30 +50,35 @@ class Mentors:
         *,
         workers: int | None = None,
         banks: "Sequence[Bank]" = (),
-        pooled: bool = False,
+        needs: frozenset[str] = NOTHING,
         ahead: int = 1,
         cuda_graph: bool = False,
     ) -> None:
         self.members, self.precision, self.device = members, precision, device
-        self.banks, self.pooled, self.ahead = banks, pooled, ahead
-        self.frozen = [Frozen(member, precision, device, pooled=pooled) for member in members]
+        self.banks, self.needs, self.ahead = banks, needs & READ, ahead
+        if self.needs & {"maps", "pre"}:  # they fill the memory that looking ahead would take
+            self.ahead = 1
+        self.frozen = [Frozen(member, precision, device, needs=self.needs) for member in members]
         if workers is None:
             workers = torch.get_num_threads() if device.type == "cpu" else 1
         self.workers = workers if members else 1
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        self._recorded = Captured(self._stack) if cuda_graph and members and not banks and not pooled else None
+        self._recorded = Captured(self._stack) if cuda_graph and members and not banks and not self.needs else None
 
     def answer(self, batch: Batch) -> View | None:
         """Logits [M, B, K] in float32, the teacher first; None in a classroom without mentors."""
         if not self.members:
             return None
-        return self._view(self._banked(batch)) if self.banks else self._live(batch.pixels)
+        view = self._view(self._banked(batch)) if self.banks else self._live(batch.pixels)
+        if batch.strong is not None:
+            view.strong = self._live(batch.strong)
+        return view
 
     def taught(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, View | None]]:
         """Each batch with its answer, `ahead` batches answered at once."""
         remaining = iter(batches)
         while some := list(itertools.islice(remaining, 1 if self.banks else self.ahead or 1)):
-            if len(some) == 1 or not self.members:
+            if len(some) == 1 or not self.members or some[0].strong is not None:
                 yield from ((batch, self.answer(batch)) for batch in some)
                 continue
             view = self._live(torch.cat([batch.pixels for batch in some]))
@@ -115,39 +121,38 @@ class Mentors:
             return View(self._recorded(pixels).clone())  # the next batch is answered in the same place
         return self._view(self.ask(pixels, range(len(self.members)), -(-len(pixels) // self.workers)))
 
-    def _view(self, answers: list[Answer]) -> View:
-        out = torch.stack([out for out, _ in answers])  # joined outside inference mode: a loss must be able to save it
-        return View(out, tuple(more for _, more in answers if more is not None) if self.pooled else None)
+    def _view(self, answers: list[View]) -> View:
+        out = torch.stack([one.out for one in answers])  # joined outside inference mode: a loss must be able to save it
+        vectors = tuple(one.vectors for one in answers) if "pooled" in self.needs else None
+        maps = tuple(one.stages for one in answers) if self.needs & {"maps", "pre"} else None
+        return View(out, vectors, maps)
 
-    def ask(self, pixels: Float[Tensor, "B 3 H W"], who: Sequence[int], size: int) -> list[Answer]:
+    def ask(self, pixels: Float[Tensor, "B 3 H W"], who: Sequence[int], size: int) -> list[View]:
         """What some members answer live, in batches of at most `size`."""
         run = map if self.workers == 1 else self.pool.map
         parts = list(run(partial(self._look, who), pixels.split(size)))
-        joined = []
-        for each in zip(*parts, strict=True):
-            out, pooled = zip(*each, strict=True)
-            joined.append((torch.cat(out), torch.cat(pooled) if self.pooled else None))
-        return joined
+        return [_joined(each) for each in zip(*parts, strict=True)]
 
-    def ask_alike(self, pixels: Float[Tensor, "B 3 H W"], who: Sequence[int]) -> list[Answer]:
+    def ask_alike(self, pixels: Float[Tensor, "B 3 H W"], who: Sequence[int]) -> list[View]:
         """As `ask`, with batches all of one size, filled up where need be: so an image's answer has the same bits
         whatever it is asked together with (on a CPU; CUDA's libraries promise no such thing)."""
         size = ALIKE if self.device.type == "cpu" else len(pixels)
         short = -len(pixels) % size
         filled = torch.cat([pixels, pixels[:1].expand(short, -1, -1, -1)]) if short else pixels
+        asked = self.ask(filled, who, size)
         return [
-            (out[: len(pixels)], pooled if pooled is None else pooled[: len(pixels)])
-            for out, pooled in self.ask(filled, who, size)
+            View(one.out[: len(pixels)], one.vectors[: len(pixels)] if one.pooled is not None else None)
+            for one in asked
         ]
 
-    def _look(self, who: Sequence[int], pixels: Float[Tensor, "B 3 H W"]) -> list[Answer]:
+    def _look(self, who: Sequence[int], pixels: Float[Tensor, "B 3 H W"]) -> list[View]:
         return [self.frozen[n](pixels) for n in who]
 
     @torch.inference_mode()
     def _stack(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "M B K"]:
-        return torch.stack([one(pixels)[0] for one in self.frozen])
+        return torch.stack([one(pixels).out for one in self.frozen])
 
-    def _banked(self, batch: Batch) -> list[Answer]:
+    def _banked(self, batch: Batch) -> list[View]:
         """Read what the banks have, ask for the rest and put it there; the device is not waited for."""
         rows = self.banks[0].rows_of(*batch.on_host())  # one training set: its rows are the same in every bank
         there = moved(rows.clamp(min=0), self.device)
@@ -160,11 +165,14 @@ class Mentors:
             at = (~found[who[0]][1]).nonzero()[:, 0]
             here = moved(at, self.device)
             pixels, target = batch.pixels.index_select(0, here), batch.target.index_select(0, here)
-            for n, (out, pooled) in zip(who, self.ask_alike(pixels, who), strict=True):
-                records = self.banks[n].record.pack(out, pooled, target)
+            for n, one in zip(who, self.ask_alike(pixels, who), strict=True):
+                pooled = one.vectors if one.pooled is not None else None
+                records = self.banks[n].record.pack(one.out, pooled, target)
                 self.banks[n].put(rows[at], records)
                 found[n][0].index_copy_(0, here, records)
-        return [bank.record.unpack(some, batch.target) for bank, (some, _) in zip(self.banks, found, strict=True)]
+        return [
+            View(*bank.record.unpack(some, batch.target)) for bank, (some, _) in zip(self.banks, found, strict=True)
+        ]
 
     def flush(self) -> None:
         """Write what the banks still keep on the device."""
@@ -179,6 +187,16 @@ class Mentors:
             for bank in dict.fromkeys(self.banks)
             if bank.damaged
         ]
+
+
+def _joined(parts: Sequence[View]) -> View:
+    """One member's answers to parts of a batch as one; of what lies in memory already nothing is copied."""
+    if len(parts) == 1:
+        return parts[0]
+    pooled = torch.cat([one.vectors for one in parts]) if parts[0].pooled is not None else None
+    taps = parts[0].maps
+    maps = {tap: torch.cat([one.stages[tap] for one in parts]) for tap in taps} if isinstance(taps, dict) else None
+    return View(torch.cat([one.out for one in parts]), pooled, maps)
 
 
 def worth_compiling(members: list[Member], images: int) -> list[str]:

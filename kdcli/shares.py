@@ -4,6 +4,7 @@ Alone, every function here hands back what it was given.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kdcli import dist
 from kdcli.errors import RecipeError
-from kdcli.methods.base import View
+from kdcli.methods.base import Maps, View
 
 if TYPE_CHECKING:
     from kdcli.data import Batch, Split
@@ -162,16 +163,34 @@ def whole(view: View, batch: "Batch", dim: int = 0) -> View:
     """An answer to this rank's rows made one to all rows of the (micro-)batch; `dim` is the rows' (mentors: 1)."""
     if batch.whole is None:
         return view
-    maps, many = view.maps or {}, isinstance(view.pooled, tuple)
-    pooled = view.pooled if isinstance(view.pooled, tuple) else () if view.pooled is None else (view.pooled,)
-    given = [view.out.movedim(dim, 0), *pooled, *(x.movedim(dim, 0) for x in maps.values())]
+    parts: list[Tensor] = []
+    _spread(view, dim, parts)
     # all in one: what a loss leaves out then has a gradient of zero, and no rank waits for one that never comes
-    out, *rest = _Gather.apply(_layout_of(batch.whole), *given)  # pyright: ignore
-    vectors, rest = tuple(rest[: len(pooled)]), rest[len(pooled) :]
-    joined = {name: x.movedim(0, dim) for name, x in zip(maps, rest, strict=True)}
-    return View(
-        out.movedim(0, dim), (vectors if many else vectors[0]) if pooled else None, joined if view.maps else None
-    )
+    joined = iter(_Gather.apply(_layout_of(batch.whole), *parts))  # pyright: ignore
+    return _gather_up(view, dim, joined)
+
+
+def _spread(view: View, dim: int, parts: list[Tensor]) -> None:
+    """All tensors of an answer, their rows first."""
+    pooled = view.pooled if isinstance(view.pooled, tuple) else [view.pooled] if view.pooled is not None else []
+    maps = view.maps if isinstance(view.maps, tuple) else [view.maps] if view.maps is not None else []
+    parts += [view.out.movedim(dim, 0), *pooled, *(x for each in maps for x in each.values())]
+    if view.strong is not None:
+        _spread(view.strong, dim, parts)
+
+
+def _gather_up(view: View, dim: int, parts: Iterator[Tensor]) -> View:
+    """An answer like `view` made of the tensors that `_spread` laid out."""
+
+    def maps_of(each: Maps) -> Maps:
+        return {name: next(parts) for name in each}
+
+    out, pooled, maps = next(parts).movedim(0, dim), view.pooled, view.maps
+    if pooled is not None:
+        pooled = tuple(next(parts) for _ in pooled) if isinstance(pooled, tuple) else next(parts)
+    if maps is not None:
+        maps = tuple(maps_of(each) for each in maps) if isinstance(maps, tuple) else maps_of(maps)
+    return View(out, pooled, maps, None if view.strong is None else _gather_up(view.strong, dim, parts))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -588,7 +588,7 @@ def test_pooled_features_are_banked_beside_the_logits(tmp_path: Path) -> None:
     answer = cold.mentors.answer(batch)
     silence(cold.mentors)
     again = cold.mentors.answer(batch)
-    live = Mentors(kit.seat(config).mentors, "fp32", kit.CPU, pooled=True).answer(batch)
+    live = Mentors(kit.seat(config).mentors, "fp32", kit.CPU, needs=frozenset({"pooled"})).answer(batch)
     for one in (answer, again, live):
         assert isinstance(one, View)
         assert isinstance(one.pooled, tuple)
@@ -630,10 +630,11 @@ def member(spec: str, **options: Any) -> Member:
 def test_the_penultimate_vector_is_what_the_last_layer_is_given(spec: str, size: int, width: int) -> None:
     one = member(spec, size=size)
     pixels = torch.rand(3, 3, size, size)
-    out, pooled = one.look(pixels)
+    seen = one.see(pixels, frozenset({"pooled"}))
+    out, pooled = seen.out, seen.vectors
     assert out.equal(one(pixels))
     assert pooled.shape == (3, width)
-    assert one.watch() == width
+    assert one.width == width
     last = [layer for layer in one.net.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     if isinstance(last, nn.Linear):
         assert last(pooled).equal(out)
@@ -643,23 +644,24 @@ def test_the_penultimate_vector_is_what_the_last_layer_is_given(spec: str, size:
         assert pooled.equal(features)
         twin = copy.deepcopy(one)  # as a moving average does
         twin.net.fc.weight.zero_()  # pyright: ignore
-        assert twin.look(pixels)[1].equal(pooled)
-        assert twin.look(pixels)[0].abs().max() <= twin.net.fc.bias.abs().max()  # pyright: ignore
+        assert twin.see(pixels, frozenset({"pooled"})).vectors.equal(pooled)
+        assert twin.see(pixels, frozenset({"pooled"})).out.abs().max() <= twin.net.fc.bias.abs().max()  # pyright: ignore
 
 
 def test_a_network_with_two_heads_has_no_penultimate_vector() -> None:
     with pytest.raises(WeightsError, match="does not end in one linear layer") as caught:
-        member("timm:deit_tiny_distilled_patch16_224").watch()
+        _ = member("timm:deit_tiny_distilled_patch16_224").width
     assert "bank_pooled" in caught.value.hint
 
 
 def test_threads_that_share_a_mentor_look_each_for_itself() -> None:
     room = kit.seat(banked())
     pixels = next(room.data.train.plain(30)).pixels
-    one = Mentors(room.mentors, "fp32", kit.CPU, workers=1, pooled=True).ask(pixels, [0, 1], 10)
-    many = Mentors(room.mentors, "fp32", kit.CPU, workers=3, pooled=True).ask(pixels, [0, 1], 10)
-    for (a, b), (c, d) in zip(one, many, strict=True):
+    one = Mentors(room.mentors, "fp32", kit.CPU, workers=1, needs=frozenset({"pooled"})).ask(pixels, [0, 1], 10)
+    many = Mentors(room.mentors, "fp32", kit.CPU, workers=3, needs=frozenset({"pooled"})).ask(pixels, [0, 1], 10)
+    for few, more in zip(one, many, strict=True):
+        a, b, c, d = few.out, few.pooled, more.out, more.pooled
         assert a.equal(c)
-        assert b is not None
-        assert d is not None
+        assert isinstance(b, torch.Tensor)
+        assert isinstance(d, torch.Tensor)
         assert b.equal(d)

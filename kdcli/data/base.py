@@ -26,7 +26,8 @@ class Batch:
     pixels [B,3,S,S] float32 in [0,1] (float data: as stored), not normalised; target [B] int64, or [B,K] float after
     mixup; index [B] int64 each sample's number in its full set; view [B] int64 the name of its augmented reading, -1
     when plain; host index and view on the CPU, where they are at hand, to be read without waiting for a device.
-    With several ranks: this rank's share of a `whole` batch.
+    With several ranks: this rank's share of a `whole` batch. strong: a second, strongly augmented reading of the same
+    samples, for methods that need two views.
     """
 
     pixels: Tensor
@@ -35,6 +36,7 @@ class Batch:
     view: Tensor
     host: tuple[Tensor, Tensor] | None = None
     whole: "Whole | None" = None
+    strong: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)

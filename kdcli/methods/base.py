@@ -21,8 +21,8 @@ Temperature = Annotated[float, Field(gt=0)]
 
 
 Maps = dict[str, Tensor]
-"""One model's intermediate maps [B, C, H, W] by tap: `stage1`, `stage2`, ... in order, with `pre` also `stage1.pre`, ...;
-a transformer's tokens come as a grid, without class token."""
+"""One model's intermediate maps [B, C, H, W] by tap: `stage1`, ... in order, with `pre` also `stage1.pre`, ...; a
+transformer's tokens come as a grid, without class token."""
 
 
 @dataclass
