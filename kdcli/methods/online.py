@@ -35,16 +35,16 @@ class Answer(NamedTuple):
 class Cohort(Method):
     """Students that learn together: the student, and others who are whole networks or branches of it.
 
-    after: the stage after which branches part, `auto` the last but one. needs: what the equation asks of every answer.
+    split: the stage after which branches part, `auto` the last but one. needs: what the equation asks of every answer.
     """
 
     teachers = 0
 
     def __init__(
-        self, others: int, form: str, cohort: list[str], after: str, ramp_epochs: float, needs: frozenset[str]
+        self, others: int, form: str, cohort: list[str], split: str, ramp_epochs: float, needs: frozenset[str]
     ) -> None:
         super().__init__()
-        self.count, self.cohort, self.after, self.ramp_epochs = len(cohort) or others, cohort, after, ramp_epochs
+        self.count, self.cohort, self.split, self.ramp_epochs = len(cohort) or others, cohort, split, ramp_epochs
         self.branching = form == "branches"
         if self.branching and cohort:
             raise RecipeError(
@@ -64,14 +64,13 @@ class Cohort(Method):
             return
         assert lesson is not None
         stages = lesson.student.stages
-        after = [*stages][-2] if self.after == "auto" else adapters.tap(stages, self.after, "the student", "after")
+        self.tap = [*stages][-2] if self.split == "auto" else adapters.tap(stages, self.split, "the student", "split")
         self.branches = nn.ModuleList(seats)
         self.rests: list[Rest] = []
         for member in seats:
-            rest = Rest(member.net, member.head, member.input_size, member.name, after)
+            rest = Rest(member.net, member.head, member.input_size, member.name, self.tap)
             rest.share_beginning(room.student.net)
             self.rests.append(rest)
-        self.tap = after
 
     def learners(self) -> dict[str, nn.Module]:
         return {"student": self.room.student, **self.others}
@@ -152,10 +151,10 @@ class ONE(Cohort):
         beta: float = 1.0,
         ramp_epochs: Epochs = 80.0,
         keep: Annotated[int, Field(ge=0)] = 0,
-        after: str = "auto",
+        split: str = "auto",
     ) -> None:
         needs = frozenset({"pairs"})  # the gate's batch norm sees one number per image
-        super().__init__(branches - 1, "branches", [], after, ramp_epochs, needs)
+        super().__init__(branches - 1, "branches", [], split, ramp_epochs, needs)
         self.tau, self.alpha, self.beta, self.keep = tau, alpha, beta, keep
         self.check_keep(keep)
 
@@ -195,10 +194,10 @@ class OKDDip(Cohort):
         alpha: float = 1.0,
         ramp_epochs: Epochs = 80.0,
         key_factor: Annotated[int, Field(ge=1)] = 8,
-        after: str = "auto",
+        split: str = "auto",
     ) -> None:
         needs = frozenset() if form == "branches" else frozenset({"pooled"})  # a branch says what it pools anyway
-        super().__init__(students - 1, form, [], after, ramp_epochs, needs)
+        super().__init__(students - 1, form, [], split, ramp_epochs, needs)
         self.tau, self.alpha, self.key_factor = tau, alpha, key_factor
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
@@ -240,38 +239,35 @@ class FFL(Cohort):
         beta: float = 1.0,
         ramp_epochs: Epochs = 80.0,
         keep: Annotated[int, Field(ge=0)] = 0,
-        after: str = "auto",
+        split: str = "auto",
     ) -> None:
-        super().__init__(students - 1, form, cohort, after, ramp_epochs, frozenset({"maps", "pairs"}))
+        super().__init__(students - 1, form, cohort, split, ramp_epochs, frozenset({"maps", "pairs"}))
         self.tau, self.alpha, self.beta, self.keep = tau, alpha, beta, keep
         self.check_keep(keep)
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         super().setup(room, lesson)
         assert lesson is not None
-        maps = self._maps(self.answers(lesson), room.student.name)
-        wide, width = sum(x.shape[1] for x in maps), maps[0].shape[1]
+        if not all(rest.tells_last for rest in self.rests):
+            raise RecipeError(
+                f"method: the rest of {room.student.name} does not pass its last map on, so there is nothing to fuse",
+                hint="--set method.form=networks",
+            )
+        width = [*lesson.student.stages.values()][-1].shape[1]
+        shapes = [[*member.taps().values()][-3] for member in self.others.values()]  # before pooled and logits
+        wide = width * (1 + len(self.rests)) + sum(shape[0] for shape in shapes)
         self.fusion = nn.Sequential(
             nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU(),
             nn.Conv2d(wide, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, room.task.num_classes),
         )  # fmt: skip
 
-    def _maps(self, answers: list[Answer], name: str) -> list[Float[Tensor, "B C H W"]]:
-        """The students' last maps, pooled to the smallest."""
-        maps = [answer.last.float() for answer in answers if answer.last is not None]
-        if len(maps) < len(answers):
-            raise RecipeError(
-                f"method: the rest of {name} does not pass its last map on, so there is nothing to fuse",
-                hint="--set method.form=networks",
-            )
-        size = (min(x.shape[2] for x in maps), min(x.shape[3] for x in maps))
-        return [adapters.pooled_to(x, size) for x in maps]
-
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         answers = self.answers(lesson)
         outs = torch.stack([answer.out.float() for answer in answers])
-        fused = self.fusion(torch.cat(self._maps(answers, "the student"), 1))
+        maps = [answer.last.float() for answer in answers if answer.last is not None]
+        size = (min(x.shape[2] for x in maps), min(x.shape[3] for x in maps))
+        fused = self.fusion(torch.cat([adapters.pooled_to(x, size) for x in maps], 1))
         taught = peer_loss(outs, fused.detach().expand_as(outs), tau=self.tau).mean(-1).sum()
         fusing = peer_loss(fused, outs.detach().mean(0), tau=self.tau).mean()
         share = self.beta * ramp(lesson.epoch, epochs=self.ramp_epochs)

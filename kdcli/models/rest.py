@@ -29,7 +29,7 @@ class Rest:
         try:
             ends = self._find(net, size, name, after)
             self.graphs = {mode: _after(net.train(mode), path, *ends) for mode in (False, True)}
-            self.copies = False
+            self.tells_last, self.copies = ends[2] is not None, False
             self._check(net.eval(), size, name, after)
         except RecipeError:
             raise
