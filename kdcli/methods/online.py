@@ -49,7 +49,7 @@ class Cohort(Method):
         if self.branching and cohort:
             raise RecipeError(
                 "method.cohort: branches are of the student's own architecture",
-                hint='--set method.form=networks lets every student have its own, or leave method.cohort out.',
+                hint="--set method.form=networks lets every student have its own, or leave method.cohort out.",
             )
         self.needs = needs | ({"maps"} if self.branching else set())
         self.capturable = not ramp_epochs  # the ramp reads the epoch
