@@ -216,11 +216,11 @@ class Learner:
         """Whether a micro-batch would be another batch to the method's equation."""
         return "full_batches" in self.method.needs
 
-    @torch.no_grad()
     def look(self, batch: Batch) -> View:
         """The student's answer to a batch that teaches it nothing."""
         return self._look(self.student, batch)
 
+    @torch.no_grad()
     def _look(self, member: Member, batch: Batch) -> View:
         """A learner's answer in eval mode, without gradient; its mode is put back."""
         training = member.training

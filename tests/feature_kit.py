@@ -46,7 +46,9 @@ def lesson(student=CIFAR3, teacher=TIMM4, batch: int = 4, seed: int = 0, index: 
 def room(targets: list[int] | None = None, index: list[int] | None = None, **over: Any) -> Room:
     """A room of nothing but data: image i is of class i mod K."""
     targets = [i % K for i in range(12)] if targets is None else targets
-    split = Split(cast(Any, None), torch.tensor(targets), torch.tensor(index) if index else None, 30)
+    split = Split(
+        cast(Any, None), torch.tensor(targets), None if index is None else torch.tensor(index), max(30, len(targets))
+    )
     data = DataSet("toy", [str(k) for k in range(K)], None, "", (0, 0, 0), (1, 1, 1), 8, "none", split, split)
     nobody = cast(Any, None)
     given = {"student": nobody, "mentors": [], "data": data, "task": Classify(K), "train": TrainConfig(batch_size=4)}

@@ -49,7 +49,9 @@ class Contrast(nn.Module):
                 f"data: all {self.n_data} training images are of one class, and a contrast needs images of others",
                 hint="Choose data with two classes or more, or a method without negatives (kd, pkt).",
             )
-        fits_in(room, self.n_data, feat_dim, nce_k)
+        others = self.n_data - int(count[count > 0].min())
+        self.draws = min(nce_k, others)  # where there are fewer than nce_k, each counts for several
+        fits_in(room, self.n_data, feat_dim, self.draws)
         self.student = nn.Linear(dims[0], feat_dim)
         self.teacher = nn.Linear(dims[1], feat_dim)
         row_of = torch.full((train.full,), -1)
@@ -73,18 +75,21 @@ class Contrast(nn.Module):
 
         The first call ever fixes the normalisers.
         """
-        n, target = self.n_data, lesson.target
+        n, k, target = self.n_data, self.nce_k, lesson.target
         others = losses.draw_negatives(
-            self.first[target], self.count[target], n_data=n, nce_k=self.nce_k, generator=lesson.generator
+            self.first[target], self.count[target], n_data=n, draws=self.draws, generator=lesson.generator
         )
         rows = torch.cat([self.row_of[lesson.index][:, None], others], 1)
         mine = losses.log_scores(a, self.teacher_memory, rows, temperature=self.temperature)
         theirs = losses.log_scores(b, self.student_memory, rows, temperature=self.temperature)
-        fresh = torch.stack([losses.log_normaliser(scores, n_data=n) for scores in (mine, theirs)])
+        fresh = torch.stack([losses.log_normaliser(scores, nce_k=k, n_data=n) for scores in (mine, theirs)])
         log_z = torch.where(self.started, self.log_z, fresh)
         self.log_z.copy_(log_z)
         self.started.fill_(True)
-        return losses.contrast(mine - log_z[0], n_data=n), losses.contrast(theirs - log_z[1], n_data=n)
+        student, teacher = (
+            losses.contrast(scores - z, nce_k=k, n_data=n) for scores, z in zip((mine, theirs), log_z, strict=True)
+        )
+        return student, teacher
 
     @torch.no_grad()
     def remember(self, a: Tensor, b: Tensor, lesson: Lesson) -> None:
@@ -94,19 +99,19 @@ class Contrast(nn.Module):
             memory.index_copy_(0, rows, losses.remembered(memory[rows], new, momentum=self.momentum))
 
 
-def fits_in(room: Room, n_data: int, feat_dim: int, nce_k: int) -> None:
+def fits_in(room: Room, n_data: int, feat_dim: int, draws: int) -> None:
     """Refuse memories, and a batch's scores against them, that are larger than what is free. Allocates nothing.
 
     Raises RecipeError.
     """
     batch = room.train.batch_size
-    memories, scores = 8 * n_data * feat_dim, 4 * batch * (n_data + 16 * nce_k)
+    memories, scores = 8 * n_data * feat_dim, 4 * batch * (n_data + 32 * draws)
     free = devices.free_memory(room.device)
     if free is not None and memories + scores > free:
         raise RecipeError(
             f"method.feat_dim: memories of {n_data} images' vectors of {feat_dim} numbers, of both networks, take "
             f"{_gib(memories)} and a batch's scores {_gib(scores)}; {_gib(free)} are free on {room.device}",
-            hint=f"A smaller --set method.feat_dim (now {feat_dim}), method.nce_k ({nce_k}) or train.batch_size "
+            hint=f"A smaller --set method.feat_dim (now {feat_dim}), method.nce_k ({draws}) or train.batch_size "
             f"({batch}), or fewer images: --set data.per_class.",
         )
 
@@ -121,7 +126,8 @@ class CRD(Method):
     The batch is scored against the memories as they are, then the weights are updated, then the batch's embeddings
     (those that were scored) enter the memories. Z is the first batch's.
 
-    feat_dim: length of the embeddings. nce_k: negatives of a sample, `losses.contrast.draw_negatives` says how drawn.
+    feat_dim: length of the embeddings. nce_k: negatives of a sample, drawn from other classes without a row coming
+    twice; where there are no nce_k images of other classes all of them are used and weighed up to that number.
     """
 
     needs = frozenset({"pooled", "index", "hard_target", "full_batches"})

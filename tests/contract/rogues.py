@@ -259,3 +259,14 @@ class Ships(Plain):
 
     def graduate(self):
         return self.room.student.with_net(nn.Sequential(self.room.student.net, nn.Linear(10, 3)))
+
+
+class Draws(Plain):
+    """From its lesson's generator, as TeKAP's noisy mentors do."""
+
+    def more(self, lesson):
+        return {"noise": torch.randn((), generator=lesson.generator, device=lesson.student.out.device)}
+
+
+class Paired(Divides):
+    needs = frozenset({"full_batches", "pairs"})

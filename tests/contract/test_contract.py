@@ -59,7 +59,7 @@ def test_the_check_that_is_there_for_it_fails(method):
         put(check, method)
 
 
-@pytest.mark.parametrize("method", ["Honest", "Plain", "Refuses", "Declares"])
+@pytest.mark.parametrize("method", ["Honest", "Plain", "Refuses", "Declares", "Paired"])
 def test_a_method_that_keeps_the_rules_passes(method):
     """Every check, so that none of those above fails whoever it is put to."""
     verdicts = {one.check: one for one in contract.examine(f"{HERE / 'rogues.py'}:{method}", {}, torch.device("cpu"))}

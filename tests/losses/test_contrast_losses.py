@@ -27,14 +27,14 @@ def test_a_part_is_its_definition():
         total -= math.log(pos / z / (pos / z + K * pn + 1e-7))
         total -= sum(math.log(K * pn / (neg / z + K * pn + 1e-7)) for neg in negatives)
     scores = losses.log_scores(x, memory, rows, temperature=0.07)
-    log_z = losses.log_normaliser(scores, n_data=N)
+    log_z = losses.log_normaliser(scores, nce_k=K, n_data=N)
     assert log_z.item() == pytest.approx(math.log(z), rel=1e-5)
-    assert losses.contrast(scores - log_z, n_data=N).item() == pytest.approx(total / 2, rel=1e-5)
+    assert losses.contrast(scores - log_z, nce_k=K, n_data=N).item() == pytest.approx(total / 2, rel=1e-5)
 
 
 def test_a_part_wants_the_positive_near_and_the_negatives_far():
     scores = torch.zeros(2, 1 + K, requires_grad=True)
-    (grad,) = torch.autograd.grad(losses.contrast(scores, n_data=N), scores)
+    (grad,) = torch.autograd.grad(losses.contrast(scores, nce_k=K, n_data=N), scores)
     assert (grad[:, 0] < 0).all()
     assert (grad[:, 1:] > 0).all()
 
@@ -45,10 +45,22 @@ def test_extreme_scores_give_numbers(temperature):
     memory = torch.cat([units(1), -units(1), units(N - 2, seed=1)])
     rows = torch.tensor([[1, 0, 3, 3, 0], [0, 1, 3, 4, 5]])  # the positive opposite, a negative in place
     scores = losses.log_scores(x, memory, rows, temperature=temperature)
-    loss = losses.contrast(scores - losses.log_normaliser(scores, n_data=N), n_data=N)
+    loss = losses.contrast(scores - losses.log_normaliser(scores, nce_k=K, n_data=N), nce_k=K, n_data=N)
     (grad,) = torch.autograd.grad(loss, x)
     assert torch.isfinite(loss)
     assert torch.isfinite(grad).all()
+
+
+def test_fewer_rows_may_count_for_all_negatives():
+    x, memory = units(2), units(N, seed=1)
+    rows = torch.tensor([[0, 3, 8], [5, 1, 2]])
+    repeated = torch.cat([rows, rows[:, 1:], rows[:, 1:]], 1)  # each negative three times
+    values = []
+    for some in (rows, repeated):
+        scores = losses.log_scores(x, memory, some, temperature=0.5)
+        log_z = losses.log_normaliser(scores, nce_k=6, n_data=N)
+        values.append(torch.stack([log_z, losses.contrast(scores - log_z, nce_k=6, n_data=N)]))
+    torch.testing.assert_close(*values)
 
 
 def test_remembered_rows():
@@ -65,7 +77,7 @@ def drawn(k: int, seed: int = 0, times: int = 1) -> Tensor:
     """[times, 3, k]: of a sample of each class."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack(
-        [losses.draw_negatives(FIRST, COUNT, n_data=N, nce_k=k, generator=generator) for _ in range(times)]
+        [losses.draw_negatives(FIRST, COUNT, n_data=N, draws=k, generator=generator) for _ in range(times)]
     )
 
 

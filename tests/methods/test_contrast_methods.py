@@ -50,7 +50,7 @@ def test_the_loss_is_scored_against_the_other_networks_memory():
     b = F.normalize(F.linear(given.teacher.vectors, m.teacher.weight, m.teacher.bias), dim=1)
     generator = torch.Generator().manual_seed(0)
     target = given.target
-    others = losses.draw_negatives(m.first[target], m.count[target], n_data=12, nce_k=5, generator=generator)
+    others = losses.draw_negatives(m.first[target], m.count[target], n_data=12, draws=5, generator=generator)
     rows = torch.cat([m.row_of[given.index][:, None], others], 1)
     expected = torch.zeros(())
     for x, memory in ((a, m.teacher_memory), (b, m.student_memory)):
@@ -151,9 +151,22 @@ def test_negatives_are_a_function_of_the_lessons_generator():
     assert not torch.equal(one, contrast(method, other))
 
 
-def test_more_negatives_than_there_are_repeat():
+def test_where_there_are_fewer_negatives_than_asked_for_all_of_them_count_for_more():
     given = kit.lesson()
-    assert torch.isfinite(contrast(crd(given, nce_k=100), given))
+    method = crd(given, nce_k=100)
+    m = method.contrast
+    assert m.draws == 8  # twelve images in three classes
+    a, _ = m.embed(given.student.vectors, given.teacher.vectors)
+    scores = (a @ m.teacher_memory.T / 0.07).exp()
+    rows = m.row_of[given.index]
+    own = (torch.arange(12) >= m.first[given.target][:, None]) & (
+        torch.arange(12) < (m.first + m.count)[given.target][:, None]
+    )
+    pos, neg = scores[torch.arange(4), rows], scores[~own].view(4, 8)
+    z = (pos.sum() + 100 * neg.mean(1).sum()) / (4 * 101) * 12
+    c = 100 / 12
+    expected = -(pos / (pos + c * z)).log().mean() - 100 * (c * z / (neg + c * z)).log().mean()
+    torch.testing.assert_close(m.parts(a, a, given)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_data_of_one_class_is_refused():
@@ -178,10 +191,10 @@ def test_memories_larger_than_memory_are_refused_before_anything_is_allocated(mo
 
 def test_a_batchs_scores_count_too(monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda device: 10 * 2**20)
-    at = kit.room(train=TrainConfig(batch_size=64))
-    crd(kit.lesson(), at, nce_k=100)
-    with pytest.raises(RecipeError, match=r"a batch's scores 0\.06 GiB"):
-        crd(kit.lesson(), at, nce_k=16384)
+    images = [i % kit.K for i in range(3000)]
+    crd(kit.lesson(), kit.room(images, list(range(3000)), train=TrainConfig(batch_size=4)), nce_k=2000)
+    with pytest.raises(RecipeError, match=r"a batch's scores 0\.02 GiB"):
+        crd(kit.lesson(), kit.room(images, list(range(3000)), train=TrainConfig(batch_size=64)), nce_k=2000)
 
 
 def test_free_memory_is_a_plausible_number():
