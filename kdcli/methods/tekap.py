@@ -80,7 +80,10 @@ class Perspectives(Method):
         if mentors is None:
             return None
         out = noisy(mentors.out, self.noise_weight, generator)
-        return replace(mentors, out=out, strong=self._noisy(mentors.strong, generator))
+        strong = mentors.strong  # a neighbour in a comparison may have asked for it: no numbers are drawn for that
+        if "two_views" in self.needs:
+            strong = self._noisy(strong, generator)
+        return replace(mentors, out=out, strong=strong)
 
     def after(self, lesson: Lesson) -> None:
         self.method.after(lesson)

@@ -132,6 +132,20 @@ def test_a_methods_teaching_once_more_on_noisy_mentors(name):
     torch.testing.assert_close(terms["tekap"], 0.7 * hand)
 
 
+def test_a_strong_view_that_a_neighbour_asked_for_changes_nothing():
+    for name, options in (("dkd", {"tekap": True}), ("tekap", {})):
+        method = methods.build(name, options)
+        here, there = method.loss(lesson(), PHASE), method.loss(beside_two_views(), PHASE)
+        assert all(torch.equal(here[key], there[key]) for key in here)
+
+
+def beside_two_views() -> Lesson:
+    given, numbers = lesson(), torch.Generator().manual_seed(9)
+    assert given.mentors is not None
+    given.mentors.strong = View(torch.randn(M, B, K, generator=numbers))
+    return given
+
+
 def test_tekap_is_itself_around_kd():
     one, two = lesson(), lesson()
     here, there = methods.build("tekap", {}).loss(one, PHASE), methods.build("kd", {"tekap": True}).loss(two, PHASE)
