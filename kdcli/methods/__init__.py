@@ -9,7 +9,7 @@ from torch import nn
 
 from kdcli import own
 from kdcli.errors import KdcliError, RecipeError, did_you_mean
-from kdcli.methods.base import Lesson, Method, Phase, Room, Terms, View
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
 
 METHODS = {
     "nokd": "kdcli.methods.plain:NoKD",
@@ -55,7 +55,10 @@ METHODS = {
 FEATURES = {"fitnets", "at", "sp", "nst", "vid", "smkd", "pkt", "rkd", "crd", "ft", "ab", "simkd"}
 """Methods that hear nothing of their mentors' logits."""
 
-__all__ = ["METHODS", "Lesson", "Method", "Phase", "Room", "Terms", "View", "build", "find", "in_force", "options"]
+__all__ = [
+    "METHODS", "Lesson", "Method", "Phase", "Room", "Temperature", "Terms", "View",
+    "build", "find", "in_force", "options",
+]  # fmt: skip
 
 
 def find(name: str) -> type[Method]:
@@ -124,7 +127,8 @@ def _around(method: Method, name: str, given: Any, where: str) -> Method:
             f"{where}: it adds noise to mentors' logits, and method {own.label(name)} has no mentors",
             hint="Leave it out, or choose a method that learns from mentors (kd, dkd).",
         )
-    return Perspectives(method, **_checked("tekap", _perspectives(), {} if given is True else given, where))
+    table = given if isinstance(given, dict) else {}
+    return Perspectives(method, **_checked("tekap", _perspectives(), table, where))
 
 
 def _perspectives() -> dict[str, inspect.Parameter]:
