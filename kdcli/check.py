@@ -10,6 +10,7 @@ import torch
 from kdcli import banks, device as devices, distill, fill, methods
 from kdcli.classroom import Classroom
 from kdcli.data import Split
+from kdcli.errors import WeightsError
 from kdcli.evaluate import score
 from kdcli.recipe import Recipe
 from kdcli.run import Run
@@ -40,6 +41,8 @@ class Look:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0  # what the recipe's epochs would take here, scoring not counted
     notes: list[tuple[str, object, str]] = field(default_factory=list)
+    taps: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    """What a method can read of each network, by name, with its shape for one image."""
 
 
 def look(recipe: Recipe, device: torch.device, images: int) -> Look:
@@ -50,6 +53,11 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
     params, macs = student.count()
     seats = [Seat("student", student.name, params, macs, student.input_size, None, student.origin or "from scratch")]
     found = Look(seats, notes=classroom.notes)
+    for member in (student, *classroom.mentors):
+        try:
+            found.taps[member.name] = member.taps()
+        except WeightsError as error:  # no obstacle to methods that learn from logits
+            found.words.append(error.message)
     step, update, batches = _dry_steps(recipe, classroom)
     test = _some(data.test, images)
     for n, mentor in enumerate(classroom.mentors):
@@ -83,7 +91,7 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "dry")
         live = recipe.with_(**{"classroom.bank": False})  # nothing is to be left behind
-        session = distill.open_session({recipe.method.name: live}, classroom, run, {recipe.method.name: run})
+        session = distill.open_session({recipe.method.label: live}, classroom, run, {recipe.method.label: run})
         learner = session.learners[0]
         learner.begin_epoch(0, lambda _: iter(()))
         times = []

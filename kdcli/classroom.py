@@ -149,7 +149,7 @@ class Member(nn.Module):
         out, again = seen.out.float(), self.classify(seen.vectors)
         if not torch.allclose(again, out, rtol=1e-2, atol=1e-2 * float(out.abs().max())):
             raise WeightsError(
-                f"{self.architecture.full} does more after its last linear layer, so that layer alone cannot be borrowed",
+                f"{self.architecture.full} does more after its last linear layer, so that cannot be borrowed",
                 hint="Choose another network as teacher, or a method that borrows no classifier.",
             )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdcli import dist, distill, files, run as runs, stages
+from kdcli import dist, distill, files, own, run as runs, stages
 from kdcli.classroom import Classroom
 from kdcli.data import open_data
 from kdcli.engine import Event, Session
@@ -60,8 +60,26 @@ class Comparison:
 
 def learners(recipe: Recipe, methods: list[str], seeds: list[int]) -> dict[str, Recipe]:
     """A recipe for every method and seed, the control first, each as its own `distill` would run it."""
-    names = list(dict.fromkeys([CONTROL, *methods]))
-    return {f"{m}-{seed}": recipe.with_method(m).with_(**{"train.seed": seed}) for m in names for seed in seeds}
+    names = called(methods)
+    return {
+        f"{label}-{seed}": recipe.with_method(name).with_(**{"train.seed": seed})
+        for label, name in names.items()
+        for seed in seeds
+    }
+
+
+def called(methods: list[str]) -> dict[str, str]:
+    """The control and the methods by the name their folders have. Raises RecipeError where two have the same."""
+    names: dict[str, str] = {}
+    for method in dict.fromkeys([CONTROL, *methods]):
+        label = own.label(method)
+        if twin := next((one for one in names if one.lower() == label.lower()), None):  # some disks ignore case
+            raise RecipeError(
+                f"--methods: {names[twin]} and {method} would both go by the name of {twin}",
+                hint="Give one of the classes another name.",
+            )
+        names[label] = method
+    return names
 
 
 def parted(recipes: dict[str, Recipe]) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
@@ -110,8 +128,9 @@ def start(session: Session, classroom: Classroom, recipe: Recipe, methods: list[
 def _lay_out(
     run: Run, classroom: Classroom, recipe: Recipe, methods: list[str], seeds: list[int], *, independent: bool
 ) -> None:
-    names = list(dict.fromkeys([CONTROL, *methods]))
-    method = recipe.method.name if recipe.method.name in names else names[-1]
+    names = list(called(methods))
+    method = recipe.method.label if recipe.method.label in names else names[-1]
+    recipe = recipe.with_(baselines={name: {} for name in methods if own.named(name)})  # whose files are kept too
     facts = {
         **distill.facts_of(classroom),
         "methods": names,
@@ -133,6 +152,12 @@ def _lay_out_learners(session: Session, classroom: Classroom) -> None:
                 folder.start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
 
     dist.first(lay_out)
+
+
+def again(run: Run) -> list[str]:
+    """The methods of a compare that is to be resumed, own ones as the run keeps them."""
+    kept = run.recipe.own_methods()
+    return [kept.get(label, label) for label in run.provenance["methods"]]
 
 
 def go(session: Session, *, resume: bool = False) -> Iterator[Event]:

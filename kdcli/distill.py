@@ -61,6 +61,7 @@ def open_session(
         mixup=config.mixup,
         cutmix=config.cutmix,
         label_smoothing=config.label_smoothing,
+        strong=any("two_views" in methods.build(one.method.name, one.method.options).needs for one in recipes.values()),
     )
     shares.check(len(data.train), config)
     dist.alike({"recipe": recipe.hash(), "data": data.pixels, **{one.name: one.digest for one in classroom.mentors}})
@@ -68,8 +69,9 @@ def open_session(
         data.train.store.record()
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
     precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
-    classroom.notes += [(f"method {one.method.name}", _options(one), "a method's own defaults but for what is given")
-                        for one in {one.method.name: one for one in recipes.values()}.values()]  # fmt: skip
+    forms = {(one.method.label, _options(one)): None for one in recipes.values()}
+    classroom.notes += [(f"method {name}", options, "a method's own defaults but for what is given")
+                        for name, options in forms]  # fmt: skip
     student = learners[0].student
     classroom.notes.append((student.name, student.origin, "the student's weights"))
     classroom.notes.append(("device", devices.describe(device), "--device chooses"))
@@ -101,7 +103,7 @@ def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
 
 def _options(recipe: Recipe) -> str:
     """All options of a recipe's method as they are in force."""
-    values = {key: p.default for key, p in methods.options(recipe.method.name).items()} | recipe.method.options
+    values = methods.in_force(recipe.method.name, recipe.method.options)
     return ", ".join(f"{key} = {value}" for key, value in values.items() if value is not None) or "no options"
 
 

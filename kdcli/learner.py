@@ -216,11 +216,11 @@ class Learner:
         """Whether a micro-batch would be another batch to the method's equation."""
         return "full_batches" in self.method.needs
 
-    @torch.no_grad()
     def look(self, batch: Batch) -> View:
         """The student's answer to a batch that teaches it nothing."""
         return self._look(self.student, batch)
 
+    @torch.no_grad()
     def _look(self, member: Member, batch: Batch) -> View:
         """A learner's answer in eval mode, without gradient; its mode is put back."""
         training = member.training
@@ -361,7 +361,7 @@ def card(member: Member, data: DataSet, epoch: int | None, top1: float, origin: 
 
 def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -> None:
     """Refuse, before anything is trained, settings that the method's equation cannot mean."""
-    name = recipe.method.name
+    name = recipe.method.label
     if len(classroom.mentors) < method.teachers:
         raise RecipeError(
             f"method {name} learns from mentors, and none is named", hint="Add --teacher NAME (and --peers A,B)."
@@ -415,7 +415,7 @@ def check_graph(method: methods.Method, recipe: Recipe, device: torch.device, pr
         "fp16 skips updates": precision == "fp16",
         f"train.accumulate = {train.accumulate} seeds in between": train.accumulate > 1,
         f"train.optimizer = {train.optimizer!r} is not sgd, adam or adamw": train.optimizer not in GRAPHED,
-        f"method {recipe.method.name} counts steps on the host": not method.capturable,
+        f"method {recipe.method.label} counts steps on the host": not method.capturable,
         "several ranks exchange answers within a step": not dist.alone(),
         f"method {recipe.method.name} reads intermediate maps or two views": bool(
             method.needs & {"maps", "pre", "two_views"}

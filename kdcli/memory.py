@@ -97,7 +97,7 @@ def _statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 def _account(session: "Session", learner: "Learner", batch: Batch, taught: View | None, at: int) -> OutOfMemory:
     """The error that says who took what, and the batch that would fit: half by half, it is tried."""
-    images, name = len(batch.index), learner.recipe.method.name
+    images, name = len(batch.index), learner.recipe.method.label
     where = "in the optimiser's update" if learner.updating else f"in a step of {images} images"
     message = f"{learner.name}: out of memory {where}: {_taken(session)}"
     if learner.updating:

@@ -108,7 +108,8 @@ def micro(batch: "Batch", at: int, end: int) -> "Batch":
         own = _layout_of(whole).own
     cut = {name: getattr(batch, name)[own] for name in ("pixels", "target", "index", "view")}
     host = None if batch.host is None else (batch.host[0][own], batch.host[1][own])
-    return dataclasses.replace(batch, **cut, host=host, whole=whole)
+    strong = None if batch.strong is None else batch.strong[own]
+    return dataclasses.replace(batch, **cut, host=host, whole=whole, strong=strong)
 
 
 def check(images: int, config: "TrainConfig") -> None:

@@ -81,6 +81,20 @@ def test_options_of_other_methods_are_the_baselines_alone(tmp_path: Path) -> Non
     assert {one.data.seed for one in made.values()} == {0}
 
 
+def test_one_method_is_compared_in_several_forms(tmp_path: Path) -> None:
+    forms = {"kd": {"tau": 1.0}, "kd-hot": {"name": "kd", "tau": 9.0}}
+    expect = Expect(top1={"nokd": 60.0, "kd": 61.0, "kd-hot": 62.0})
+    config = kit.recipe("classroom", baselines=forms, **{"train.epochs": 1}).model_copy(update={"expect": expect})
+    session = compared(config, tmp_path / "all", ["kd", "kd-hot"], [3])
+    told = {why for name, why, _ in session.learners[0].classroom.notes if name == "method kd"}
+    assert len(told) == 2  # both forms' options are shown
+    found = compare.summarise(session.run)
+    assert [(one.method, one.published) for one in found.lines] == [("nokd", 60.0), ("kd", 61.0), ("kd-hot", 62.0)]
+    hot = alone(config, "kd-hot", 3, tmp_path / "hot")
+    assert kit.same(kit.student(hot), kit.student(Run(tmp_path / "all" / "kd-hot-3")))
+    assert not kit.same(kit.student(hot), kit.student(Run(tmp_path / "all" / "kd-3")))
+
+
 def test_a_batch_is_drawn_once_and_each_mentor_answers_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(kit.recipe("classroom"), tmp_path / "all", METHODS, SEEDS)
     calls = dict.fromkeys([member.name for member in session.mentors.members], 0)

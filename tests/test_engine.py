@@ -419,6 +419,16 @@ class TwoPhases(Method):
         return {"hard": hard, "guide": F.mse_loss(lesson.student.out, out.detach())}
 
 
+class Turns(TwoPhases):
+    """Guide and student in turns: two trainings in four pieces."""
+
+    def phases(self, train):
+        quick = train.model_copy(update={"optimizer": "adamw", "lr": 0.01, "decay_epochs": [1]})
+        quick = quick.model_copy(update={"schedule": "multistep"})
+        guide, student = Phase("guide", 1, ("guide",), train), Phase("student", 1, ("student",), quick)
+        return [guide, student, guide, student]
+
+
 class Sweeper(Method):
     """The control, after a look at the whole training set before every epoch."""
 
@@ -445,6 +455,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "kdcli_toys", raising=False)
     monkeypatch.setitem(methods.METHODS, "toy", "kdcli_toys:TwoPhases")
+    monkeypatch.setitem(methods.METHODS, "turns", "kdcli_toys:Turns")
     monkeypatch.setitem(methods.METHODS, "sweeper", "kdcli_toys:Sweeper")
 
 
@@ -488,6 +499,40 @@ def test_a_run_stopped_in_any_phase_ends_the_same(tmp_path: Path, where: tuple[i
     kit.drive(distill.go(again, resume=True))
     assert kit.same(kit.student(again.run), kit.student(whole))
     assert again.run.metrics() == whole.metrics()
+
+
+@pytest.mark.usefixtures("toys")
+def test_phases_of_one_name_go_on_with_their_optimiser_and_schedule(tmp_path: Path) -> None:
+    opened = kit.session(kit.recipe("turns"), tmp_path / "run")
+    learner = opened.learners[0]
+    told: dict[int, tuple[Any, float, int]] = {}
+
+    def remember(event: Any) -> None:
+        if isinstance(event, EpochEnd):
+            group = learner.optimizer.param_groups[0]
+            state = learner.optimizer.state[group["params"][0]]
+            told[event.epoch] = (learner.optimizer, group["lr"], int(state.get("step", -1)))
+
+    kit.drive(distill.go(opened), remember)
+    assert told[1][0] is told[3][0]
+    assert told[2][0] is told[4][0] is not told[1][0]
+    assert [rate for _, rate, _ in told.values()] == pytest.approx([0.05, 0.01, 0.05, 0.001])
+    assert [steps for _, _, steps in told.values()] == [-1, kit.STEPS, -1, 2 * kit.STEPS]  # Adam counts on
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("at", [(1, 2), (2, 3), (3, 0), (4, 1)])
+def test_turns_resume_with_the_same_bits(tmp_path: Path, at: tuple[int, int]) -> None:
+    whole, config = kit.trained(kit.recipe("turns"), tmp_path / "whole"), kit.recipe("turns")
+    opened = kit.session(config, tmp_path / "run")
+
+    def stop(_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(InterruptedRun):
+        kit.drive(distill.go(opened), kit.at(*at, stop))
+    kit.drive(distill.go(kit.session(config, opened.run.path, resume=True), resume=True))
+    assert kit.same(kit.student(opened.run), kit.student(whole))
 
 
 @pytest.mark.usefixtures("toys")

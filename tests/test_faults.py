@@ -394,7 +394,7 @@ def test_the_scaler_of_fp16_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     whole = kit.session(config, tmp_path / "whole")
     kit.drive(distill.go(whole))
     run = stopped(kit.session(config, tmp_path / "run"), 2, 1)
-    assert run.load_checkpoint()["learners"]["aver"]["scaler"]["_growth_tracker"] == 2
+    assert run.load_checkpoint()["learners"]["aver"]["trained"]["main"]["scaler"]["_growth_tracker"] == 2
     again = kit.session(config, run.path, resume=True)
     kit.drive(distill.go(again, resume=True))
     assert again.learners[0].scaler.state_dict() == whole.learners[0].scaler.state_dict()

@@ -98,11 +98,11 @@ def test_an_answer_has_the_same_bits_whatever_it_is_asked_with(workers: int) -> 
     room = kit.seat(banked())
     mentors = Mentors(room.mentors, "fp32", kit.CPU, workers=workers)
     pixels = next(room.data.train.plain(30)).pixels
-    whole = [out for out, _ in mentors.ask_alike(pixels, [0, 1])]
+    whole = [one.out for one in mentors.ask_alike(pixels, [0, 1])]
     for rows in (torch.tensor([7]), torch.tensor([3, 28]), torch.arange(29, 4, -1), torch.randperm(30)[:17]):
-        some = [out for out, _ in mentors.ask_alike(pixels[rows], [0, 1])]
+        some = [one.out for one in mentors.ask_alike(pixels[rows], [0, 1])]
         assert all(a.equal(b[rows]) for a, b in zip(some, whole, strict=True))
-    assert mentors.ask_alike(pixels[:3], [1])[0][0].equal(whole[1][:3])
+    assert mentors.ask_alike(pixels[:3], [1])[0].out.equal(whole[1][:3])
 
 
 @pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}, {"classroom.bank_pooled": True}], ids=str)

@@ -50,6 +50,9 @@ def check(
         for s in found.seats
     ]  # fmt: skip
     show.table(columns, rows, left=2)
+    for name, taps in found.taps.items():
+        listed = ", ".join(f"{tap} {'x'.join(map(str, shape))}" for tap, shape in taps.items())
+        show.line("", f"taps of {name}: {listed}")
     for line in found.words:
         show.line("", line)
     show.line("", f"{config.train.epochs} epochs: about {show.duration(found.seconds)}")

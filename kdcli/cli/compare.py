@@ -48,7 +48,7 @@ def compare(
         set=sets, out=out, independent=independent, methods=methods, seeds=seeds, run=run, data_root=data_root,
         skip_corrupt=skip_corrupt, bank=bank,
     )  # fmt: skip
-    from kdcli import distill as room
+    from kdcli import distill as room, own
     from kdcli.cli import show
     from kdcli.cli.distill import to_resume
     from kdcli.errors import RecipeError
@@ -66,7 +66,8 @@ def compare(
             base, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
             epochs=epochs, skip_corrupt=skip_corrupt, bank=bank, sets=sets,
         )  # fmt: skip
-        names = [name.strip() for name in ("aver,classroom" if methods is None else methods).split(",") if name.strip()]
+        asked = ("aver,classroom" if methods is None else methods).split(",")
+        names = [own.resolve(name.strip()) for name in asked if name.strip()]
         if not names:
             raise RecipeError("--methods: no method is named", hint="For example --methods aver,classroom")
         if why != "as asked":
@@ -103,7 +104,7 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
     from kdcli.cli.distill import teller
 
     for name in names:
-        known.find(name)
+        known.find(config.with_method(name).method.name)
     folder = distill.run_folder(out, config, "compare")
     quickstart.prepare_mentors(config, device, lambda e, s: show.follow(e, s, quiet=quiet))
     room.check(config, names, seeds, device)
@@ -131,7 +132,7 @@ def resumed(folder, device, *, quiet=False):
         return dist.first(lambda: room.summarise(folder)), folder
     with folder.writing():
         config, facts = folder.recipe, folder.provenance
-        names, seeds = facts["methods"], facts["train_seeds"]
+        names, seeds = room.again(folder), facts["train_seeds"]
         if facts["independent"]:
             room.independent(config, names, seeds, device, folder, teller([], quiet), resume=True)
         else:

@@ -45,7 +45,7 @@ def distill(
             recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
             epochs=epochs, seed=seed, skip_corrupt=skip_corrupt, bank=bank, sets=sets,
         )  # fmt: skip
-        run = room.run_folder(out, config, config.method.name)
+        run = room.run_folder(out, config, config.method.label)
     outcome = train_one(config, run, picked, "distill", notes=notes, resume=bool(resume), quiet=json)
     if json:
         show.as_json(outcome)
@@ -66,6 +66,7 @@ def to_resume(name, kind, *, finished_too=False):
         raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
     if run.finished and not finished_too and not dist.attempt():  # a rank may have died after the end
         raise RecipeError(f"{run.path} is finished", hint=f"`kdcli runs show {run.path}` prints it.")
+    run.check_methods()
     return run
 
 
@@ -76,6 +77,7 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
     from kdcli import distill as room, methods, stages
     from kdcli.cli import show
 
+    label = config.method.label
     with contextlib.ExitStack() as stack:
         if resume:
             stack.enter_context(run.writing())
@@ -86,7 +88,7 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
             stages.learn(config, run, device, teller(notes, quiet), rehearsed=rehearsed)
             return told(config, run, quiet)
         _, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
-        session = room.open_session({config.method.name: config}, classroom, run, {config.method.name: run}, keep)
+        session = room.open_session({label: config}, classroom, run, {label: run}, keep)
         if not quiet:
             show.notes([*notes, *classroom.notes])
         if resume:
@@ -94,8 +96,8 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
         else:  # only now, so that what cannot be trained leaves no folder
             stack.enter_context(run.writing())
             room.start(session, kind, classroom)
-        label = config.classroom.student.partition("@")[0] if kind == "train" else config.method.name
-        show.follow(room.go(session, resume=resume), label, quiet=quiet)
+        said = config.classroom.student.partition("@")[0] if kind == "train" else label
+        show.follow(room.go(session, resume=resume), said, quiet=quiet)
     return told(config, run, quiet)
 
 
@@ -117,11 +119,12 @@ def told(config, run, quiet):
     from kdcli import dist, distill as room
     from kdcli.cli import show
 
-    result = dist.first(lambda: room.result(config.method.name, run))
+    label = config.method.label
+    result = dist.first(lambda: room.result(label, run))
     facts = dist.first(lambda: run.provenance)
     stages = facts.get("stages", {})
     if not quiet:
-        published = config.expect.top1.get(config.method.name) if config.expect else None
+        published = config.expect.top1.get(label) if config.expect else None
         rows = [["top-1 %", f"{result.top1:.2f}"], ["of epoch", result.epoch]]
         rows += [["last epoch %", f"{result.last:.2f}"], [f"best epoch % ({result.best_epoch})", f"{result.best:.2f}"]]
         if config.expect and published is not None:

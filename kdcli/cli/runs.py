@@ -19,7 +19,7 @@ def ls(json: o.Json = False) -> None:
     for run in runs.every():
         facts, recipe = run.provenance, run.recipe
         found.append({
-            "run": run.name, "kind": run.kind, "student": recipe.classroom.student, "method": recipe.method.name,
+            "run": run.name, "kind": run.kind, "student": recipe.classroom.student, "method": recipe.method.label,
             "data": recipe.data.name, "top1": facts.get("top1"), "finished": run.finished, "size": run.size(),
             "started": facts.get("started"),
         })  # fmt: skip

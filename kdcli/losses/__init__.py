@@ -13,5 +13,25 @@ from kdcli.losses.classroom import (
     rank_by_share,
     soft_loss,
 )
+from kdcli.losses.logits import dist_loss, dkd_loss, nkd_loss, wsld_loss
+from kdcli.losses.multilevel import batch_level_loss, class_level_loss
+from kdcli.losses.temperature import dtkd_loss, dynamic_temperatures, reversal, reversed_gradient
 
-__all__ = ["log_batch_mark", "log_mark", "performance_gap", "rank_by_position", "rank_by_share", "soft_loss"]
+__all__ = [
+    "batch_level_loss",
+    "class_level_loss",
+    "dist_loss",
+    "dkd_loss",
+    "dtkd_loss",
+    "dynamic_temperatures",
+    "log_batch_mark",
+    "log_mark",
+    "nkd_loss",
+    "performance_gap",
+    "rank_by_position",
+    "rank_by_share",
+    "reversal",
+    "reversed_gradient",
+    "soft_loss",
+    "wsld_loss",
+]

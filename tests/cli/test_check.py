@@ -30,6 +30,11 @@ def test_the_table_has_sizes_scores_and_the_sums_of_table_7():
     assert found["warnings"] == []
     assert "50 training images, 360 test images, 10 classes" in said.out
     assert said.next == " ".join(["kdcli distill", *CLASSROOM, *TINY])
+    assert set(found["taps"]) == {STUDENT, TEACHER, PEER}
+    assert list(found["taps"][TEACHER])[-2:] == ["pooled", "logits"]
+    assert found["taps"][TEACHER]["logits"] == [10]
+    shape = "x".join(map(str, found["taps"][TEACHER]["stage1"]))
+    assert f"taps of {TEACHER}: stage1 {shape}, stage2" in " ".join(said.out.split())
 
 
 def test_a_mentor_that_guesses_is_warned_of(here):
