@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdcli import names, weights
+from kdcli import graduates, names, weights
 from kdcli.data import DataSet
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.methods.base import Maps, View
@@ -216,7 +216,7 @@ class Classroom:
             torch.manual_seed(seed)
             net = names.create(name, len(data.classes), pretrained=found.pretrained)
         if found.state is not None:
-            weights.fill(net.module, found.state, arch=name.arch, where=name.typed)
+            _fill(net, found.state, found.card, name, name.typed)
         card, own = found.card, found.pretrained  # weights that come with values of their own keep them
         member = Member(
             net.module,
@@ -255,7 +255,7 @@ def from_card(card: Card, state: dict[str, Tensor]) -> Member:
     """The network a card describes, with its weights, reading its input as the card says."""
     name = names.resolve(card.architecture)
     net = names.create(name, card.num_classes)
-    weights.fill(net.module, state, arch=name.arch, where=card.name)
+    _fill(net, state, card, name, card.name)
     return Member(
         net.module,
         name,
@@ -267,6 +267,13 @@ def from_card(card: Card, state: dict[str, Tensor]) -> Member:
         origin=card.origin,
         digest=card.sha256,
     ).eval()
+
+
+def _fill(net: Net, state: dict[str, Tensor], card: Card | None, name: ModelName, where: str) -> None:
+    """Load weights; a network that its card calls a graduate is first put together around the architecture."""
+    if card is not None and card.graduate is not None:
+        net.module = graduates.build(net.module, card.graduate, image_size=card.image_size, name=name.full)
+    weights.fill(net.module, state, arch=name.arch, where=where)
 
 
 def last_linear(net: nn.Module, name: str) -> nn.Module:
@@ -304,7 +311,7 @@ def _mentor(spec: str, config: ClassroomConfig, data: DataSet, notes: list[tuple
     else:
         net = names.create(name, found.num_classes)
         assert found.state is not None
-        weights.fill(net.module, found.state, arch=name.arch, where=name.typed)
+        _fill(net, found.state, card, name, name.typed)
     if card is not None:
         net.classes = card.classes or net.classes
     library = found.pretrained or (name.source != "zoo" and found.num_classes == names.has_pretrained(name))

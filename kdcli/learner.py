@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from kdcli import device as devices, dist, methods, schedule, shares, zoo
+from kdcli import device as devices, dist, graduates, methods, schedule, shares, zoo
 from kdcli.capture import Captured
 from kdcli.classroom import READ, Classroom, Member
 from kdcli.data import Batch, DataSet
@@ -356,6 +356,7 @@ def card(member: Member, data: DataSet, epoch: int | None, top1: float, origin: 
         created=zoo.stamp(),
         epoch=epoch,
         params=sum(p.numel() for p in member.net.parameters()),
+        graduate=graduates.told(member.net),
     )
 
 

@@ -6,7 +6,7 @@ import tomllib
 import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -56,12 +56,14 @@ class Card(BaseModel):
     created: str = Field(default_factory=now)  # ISO 8601, UTC; a shipped card may know the year alone
     epoch: int | None = None  # of the weights; None: unknown
     params: int | None = None
+    graduate: dict[str, Any] | None = None  # what is around the architecture (kdcli/graduates.py); None: nothing
     file: str | None = None  # the weights' file name, when not the card's stem + .safetensors
     path: Path | None = Field(None, exclude=True)  # where this card was read from; never written
 
     def line(self) -> str:
         """`cifar_resnet56 on cifar100, 72.4 %, 2026-11-20`: what is printed when these weights are chosen."""
         arch = self.architecture.removeprefix("zoo:")
+        arch += f" ({self.graduate.get('kind')} graduate)" if self.graduate else ""
         score = [] if self.top1 is None else [f"{self.top1:.4g} %"]
         epoch = [] if self.epoch is None else [f"epoch {self.epoch}"]
         return ", ".join([f"{arch} on {self.dataset}", *score, *epoch, self.created[:10]])
@@ -133,12 +135,13 @@ def find(architecture: str, data_hash: str) -> Card | None:
     """The newest card with weights for an architecture (`zoo:cifar_resnet20` or `cifar_resnet20`) and a data set.
 
     The user's own come before shipped ones. A timm name without a pretrained tag finds tagged ones too: a tag names
-    weights, not an architecture.
+    weights, not an architecture. A graduate that is more than its architecture is found by its run or path alone.
     """
     if not data_hash:
         return None
     for card in cards():
-        if card.data_hash == data_hash and _same(architecture, card.architecture) and weights_path(card):
+        fits = card.data_hash == data_hash and card.graduate is None and _same(architecture, card.architecture)
+        if fits and weights_path(card):
             return card
     return None
 

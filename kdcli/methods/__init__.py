@@ -124,7 +124,8 @@ def _around(method: Method, name: str, given: Any, where: str) -> Method:
             f"{where}: it adds noise to mentors' logits, and method {own.label(name)} has no mentors",
             hint="Leave it out, or choose a method that learns from mentors (kd, dkd).",
         )
-    return Perspectives(method, **_checked("tekap", _perspectives(), {} if given is True else given, where))
+    table = given if isinstance(given, dict) else {}
+    return Perspectives(method, **_checked("tekap", _perspectives(), table, where))
 
 
 def _perspectives() -> dict[str, inspect.Parameter]:

@@ -1,0 +1,145 @@
+"""Small networks of every family, and real lessons of them, for methods that read maps and heads."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.models.regnet import BlockParams, RegNet
+from torchvision.models.vision_transformer import VisionTransformer
+
+import kdcli.models  # noqa: F401  the zoo's names
+from kdcli.classroom import Member
+from kdcli.methods import Lesson, Method, Phase, Room, View
+from kdcli.names import ModelName
+from kdcli.recipe import TrainConfig
+from kdcli.tasks import Classify
+
+CPU = torch.device("cpu")
+K, SIZE = 10, 32
+SWIN = {
+    "img_size": SIZE,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (1, 1, 1),
+    "num_heads": (2, 2, 4),
+}
+REGNET = BlockParams([1] * 4, [8, 16, 24, 48], [8] * 4, [1.0] * 4, [2] * 4)
+VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+
+NETS = {
+    "zoo": lambda: timm.create_model("cifar_resnet8", num_classes=K),
+    "wide": lambda: timm.create_model("cifar_resnet8", num_classes=K, widths=(16, 24, 40)),
+    "wrn": lambda: timm.create_model("cifar_wrn_16_1", num_classes=K),
+    "mobile": lambda: timm.create_model("cifar_mobilenetv2", num_classes=K),
+    "timm": lambda: timm.create_model("resnet10t", num_classes=K, channels=(8, 16, 24, 40), output_stride=8),
+    "conv_head": lambda: timm.create_model("mobilenetv3_small_050", num_classes=K),
+    "vit": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=K, **VIT),
+    "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=K, **SWIN),
+    "torchvision": lambda: RegNet(REGNET, num_classes=K),
+    "torchvision_vit": lambda: VisionTransformer(SIZE, 8, 4, 2, 24, 48, num_classes=K),
+}
+PAIRS = [
+    ("zoo", "wide"), ("zoo", "torchvision"), ("torchvision", "wrn"), ("timm", "zoo"), ("conv_head", "timm"),
+    ("vit", "wide"), ("swin", "torchvision"), ("torchvision_vit", "timm"), ("zoo", "swin"),
+]  # fmt: skip
+"""(student, teacher), three stages against four, convolutions against attention."""
+TOKEN_TEACHERS = [("zoo", "vit"), ("swin", "vit"), ("timm", "torchvision_vit")]
+
+
+def member(kind: str, seed: int = 0, size: int = SIZE) -> Member:
+    """A network that is not at rest: norms and, of transformers, all small weights are random."""
+    torch.manual_seed(seed)
+    net = NETS[kind]()
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d | nn.LayerNorm):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.3)
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+            layer.running_mean.normal_(std=0.2)
+            layer.running_var.uniform_(0.5, 1.5)
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    name = ModelName("zoo", f"{kind}net", None, kind)
+    three = (0.5, 0.5, 0.5)
+    return Member(net, name, mean=three, std=three, input_size=size, interpolation="bilinear", num_classes=K)
+
+
+class Class:
+    """A method with a student and a teacher, set up on one lesson, and lessons to give it."""
+
+    def __init__(
+        self, method: Method, student: str = "zoo", teacher: str | Member = "wide", batch: int = 6, **train: Any
+    ) -> None:
+        self.method, self.batch = method, batch
+        self.student = member(student, 1)
+        self.teacher = member(teacher, 2) if isinstance(teacher, str) else teacher
+        self.teacher.requires_grad_(False).eval()
+        self.task, self.pixels = (
+            Classify(K),
+            torch.rand(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5)),
+        )
+        self.target = torch.arange(batch) % K
+        self.config = TrainConfig(**{"batch_size": batch, "epochs": 4, **train})
+        data = SimpleNamespace(train=range(24), classes=[str(k) for k in range(K)])
+        seat: Any = None
+        method.room = Room(self.student, [self.teacher], cast(Any, data), self.task, self.config, CPU, seat)
+        self.student.eval()
+        with torch.no_grad():
+            method.setup(method.room, self.lesson(2))
+        self.student.train()
+        method.train()
+        self.phases = method.phases(self.config)
+
+    def lesson(self, count: int | None = None) -> Lesson:
+        n, needs = count or self.batch, self.method.needs
+        with torch.no_grad():
+            seen = self.teacher.see(self.pixels[:n], needs)
+        pooled = None if seen.pooled is None else (seen.vectors,)
+        taught = View(seen.out[None], pooled, None if seen.maps is None else (seen.stages,))
+        view = self.student.see(self.pixels[:n], needs)
+        index, generator = torch.arange(n), torch.Generator().manual_seed(0)
+        return Lesson(self.target[:n], index, 0.0, 0, self.task, generator, view, {"student": view}, taught)
+
+    @property
+    def main(self) -> Phase:
+        return self.phases[-1]
+
+    def loss(self, phase: Phase | None = None) -> dict[str, Tensor]:
+        return self.method.loss(self.lesson(), phase or self.main)
+
+    def learning(self) -> list[Tensor]:
+        return [*self.student.parameters(), *self.method.parameters()]
+
+    def steps(self, phase: Phase | None = None, count: int = 12, lr: float = 5e-3) -> list[float]:
+        """The loss before each of some Adam steps over all that learns."""
+        adam, losses = torch.optim.Adam(self.learning(), lr), []
+        for _ in range(count):
+            adam.zero_grad()
+            loss = torch.stack(list(self.loss(phase).values())).sum()
+            loss.backward()
+            adam.step()
+            losses.append(loss.item())
+        return losses
+
+
+def check_isolated(room: Class, phase: Phase | None = None) -> None:
+    """Finite terms; gradient reaches the student and the method's own parameters, never the teacher, which stays."""
+    before = {name: x.clone() for name, x in room.teacher.state_dict().items()}
+    terms = room.loss(phase)
+    assert all(x.shape == () and x.dtype == torch.float32 and torch.isfinite(x) for x in terms.values())
+    torch.stack(list(terms.values())).sum().backward()
+    grads = [p.grad for p in room.learning() if p.grad is not None]
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert all(p.grad is None for p in room.teacher.parameters())
+    assert not room.teacher.training
+    for name, x in room.teacher.state_dict().items():
+        assert torch.equal(x, before[name]), name
+
+
+def reached(module: nn.Module) -> float:
+    """The share of a module's parameters that some gradient reached."""
+    grads = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in module.parameters()]
+    return sum(grads) / len(grads)
