@@ -197,7 +197,10 @@ class Recipe(Section):
         tables = self.model_dump(exclude_none=True)
         rename = {name: f"{label}.py:{label}" for label, name in self.own_methods().items()}
         tables["method"]["name"] = rename.get(self.method.name, self.method.name)
-        for options in (*tables["baselines"].values(), *(one.get("method", {}) for one in tables["stage"])):
+        for one in tables["stage"]:
+            if "method" in one:
+                one["method"]["name"] = rename.get(one["method"]["name"], one["method"]["name"])
+        for options in tables["baselines"].values():
             options |= {"name": rename.get(options["name"], options["name"])} if "name" in options else {}
         tables["baselines"] = {rename.get(name, name): options for name, options in tables["baselines"].items()}
         return from_dict(tables, "recipe")
