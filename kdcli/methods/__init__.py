@@ -9,7 +9,7 @@ from torch import nn
 
 from kdcli import own
 from kdcli.errors import KdcliError, RecipeError, did_you_mean
-from kdcli.methods.base import Lesson, Method, Phase, Room, Terms, View
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
 
 METHODS = {
     "nokd": "kdcli.methods.plain:NoKD",
@@ -55,7 +55,10 @@ METHODS = {
 FEATURES = {"fitnets", "at", "sp", "nst", "vid", "smkd", "pkt", "rkd", "crd", "ft", "ab", "simkd"}
 """Methods that hear nothing of their mentors' logits."""
 
-__all__ = ["METHODS", "Lesson", "Method", "Phase", "Room", "Terms", "View", "build", "find", "in_force", "options"]
+__all__ = [
+    "METHODS", "Lesson", "Method", "Phase", "Room", "Temperature", "Terms", "View",
+    "build", "find", "in_force", "options",
+]  # fmt: skip
 
 
 def find(name: str) -> type[Method]:
