@@ -60,7 +60,8 @@ class Contrast(nn.Module):
         self.register_buffer("first", count.cumsum(0) - count)
         self.register_buffer("count", count)
         for side in ("student_memory", "teacher_memory"):  # directions at random, until an image is met
-            self.register_buffer(side, F.normalize(torch.randn(self.n_data, feat_dim, device=room.device), dim=1))
+            memory = torch.randn(self.n_data, feat_dim, device=room.device)
+            self.register_buffer(side, memory.div_(torch.linalg.vector_norm(memory, dim=1, keepdim=True)))
         self.register_buffer("log_z", torch.zeros(2))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
