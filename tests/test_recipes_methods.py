@@ -307,6 +307,10 @@ def test_disks_training(name):
     assert (train.epochs, train.batch_size, train.lr, train.schedule) == (200, 200, 0.1, "cosine")
     assert (train.momentum, train.nesterov, train.weight_decay) == (0.9, False, 5e-4)
     assert read.data.augment == ("imagenet" if "imagenet" in name else "disk")
+    if read.method.name == "disk":
+        assert (read.method.options["K"], read.method.options["tau"], read.method.options["alpha"]) == (20, 4.0, 0.1)
+        alone = read.expect.top1["nokd"] if read.expect else None
+        assert read.method.options.get("budget") == (None if alone is None else pytest.approx(1 - alone / 100))
     size = 64 if "tiny" in name else 224 if "imagenet" in name else 32
     assert read.data.image_size == size
     assert (read.data.name or "").startswith({32: "cifar100", 64: "folder:", 224: "imagenet"}[size])

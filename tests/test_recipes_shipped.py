@@ -177,7 +177,7 @@ def test_it_has_a_whole_classroom_or_none_at_all(name):
     else:
         assert room.student is not None
         assert room.teacher
-        assert room.student.endswith("@none" if name != "disk/imagenet-vitl-vitt" else "@pretrained")  # from scratch
+        assert room.student.endswith("@pretrained" if name.startswith("disk/imagenet") else "@none")  # from scratch
         assert bare(room.student) not in map(bare, [room.teacher, *room.peers])
         assert not any(mentor.endswith("@none") for mentor in room.peers)
 

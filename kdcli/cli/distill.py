@@ -59,9 +59,9 @@ def to_resume(name, kind, *, finished_too=False):
     from kdcli.errors import RecipeError
 
     run = runs.find(name, learner=False)
-    whole = runs.Run(run.path.parent)
-    if whole.begun and whole.kind == "compare":
-        raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli compare --resume {whole.path}")
+    for whole in map(runs.Run, reversed([*run.path.parents][:3])):
+        if whole.begun and (whole.kind == "compare" or "stages" in whole.provenance):
+            raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli {whole.kind} --resume {whole.path}")
     if run.kind != kind:
         raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
     if run.finished and not finished_too and not dist.attempt():  # a rank may have died after the end
@@ -74,14 +74,20 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
     """Train one recipe into `run` and print its outcome; shared by distill and train."""
     import contextlib
 
-    from kdcli import dist, distill as room, methods
+    from kdcli import distill as room, methods, stages
     from kdcli.cli import show
 
     label = config.method.label
     with contextlib.ExitStack() as stack:
         if resume:
             stack.enter_context(run.writing())
-        data, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
+        if (whole := stages.plan(config)).stages:
+            rehearsed = None if resume else stages.check(whole, room.open_data(config.data, device=device), device)
+            if not resume:
+                stack.enter_context(run.writing())
+            stages.learn(config, run, device, teller(notes, quiet), rehearsed=rehearsed)
+            return told(config, run, quiet)
+        _, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
         session = room.open_session({label: config}, classroom, run, {label: run}, keep)
         if not quiet:
             show.notes([*notes, *classroom.notes])
@@ -92,7 +98,31 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
             room.start(session, kind, classroom)
         said = config.classroom.student.partition("@")[0] if kind == "train" else label
         show.follow(room.go(session, resume=resume), said, quiet=quiet)
+    return told(config, run, quiet)
+
+
+def teller(notes, quiet):
+    """Shows what was chosen for each classroom of several, then follows its training."""
+    from kdcli.cli import show
+
+    def follow(classroom, events, label):
+        if not quiet:
+            show.notes([*notes, *classroom.notes])
+            show.line("now", label)
+        show.follow(events, label, quiet=quiet)
+
+    return follow
+
+
+def told(config, run, quiet):
+    """Print a finished run's outcome, and return it as data."""
+    from kdcli import dist, distill as room
+    from kdcli.cli import show
+
+    label = config.method.label
     result = dist.first(lambda: room.result(label, run))
+    facts = dist.first(lambda: run.provenance)
+    stages = facts.get("stages", {})
     if not quiet:
         published = config.expect.top1.get(label) if config.expect else None
         rows = [["top-1 %", f"{result.top1:.2f}"], ["of epoch", result.epoch]]
@@ -102,9 +132,10 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
             within = abs(measured - published) <= config.expect.tolerance
             rows.append([f"published ({config.expect.epoch} epoch) %", f"{published:.2f}"])
             rows.append(["", "reproduced" if within else f"off by {measured - published:+.2f}"])
-        show.table(["", f"{data.name} test"], rows)
+        rows += [[f"stage {name} %", f"{one['top1']:.2f}"] for name, one in stages.items()]
+        show.table(["", f"{facts['data']['name']} test"], rows)
         show.line("run", run.path)
     return {
         "run": str(run.path), "top1": result.top1, "epoch": result.epoch, "last": result.last, "best": result.best,
-        "best_epoch": result.best_epoch,
+        "best_epoch": result.best_epoch, **({"stages": stages} if stages else {}),
     }  # fmt: skip

@@ -80,6 +80,7 @@ PAPERS = {  # family, paper
     "ffl": ("online", "Kim et al., ICPR 2020, arXiv 1904.09058"),
     "shake": ("online", "Li & Jin, NeurIPS 2022"),
 }
+SEVERAL = {"aver", "classroom", "ebkd", "camkd", "aekd", "dgkd"}  # who hear the peers too
 FORMS = {"tekap-both": {"name": "tekap", "parts": "both"}}  # forms of a method with a row of their own
 WORDS = {  # what a method needs, in the table's words
     "maps": "maps",
@@ -219,7 +220,7 @@ def measure(names: list[str], device: torch.device, rounds: int) -> dict[str, di
     """Facts and step costs of the methods; of one that cannot be seated here, why."""
     out: dict[str, dict[str, Any]] = {}
     for mentors in ([TEACHER], [TEACHER, *PEERS]):
-        ours = [name for name in names if (PAPERS[name][0] == "several") is (len(mentors) > 1)]
+        ours = [name for name in names if (name in SEVERAL) is (len(mentors) > 1)]
         room = kit.room(device, mentors, images=IMAGES, **{"classroom.student": STUDENT, "baselines": FORMS, **KEYS})
         with tempfile.TemporaryDirectory() as folder:
             seated: dict[str, dict[str, Way]] = {}
@@ -258,7 +259,7 @@ def markdown(found: dict[str, dict[str, Any]], passed: dict[str, tuple[int, int]
             continue
         needs = list(row["needs"])
         several = "mentors" if row["teachers"] < 2 else f"{row['teachers']} mentors or more"
-        needs.insert(0, several if family == "several" else "teacher" if row["teachers"] else "no mentor")
+        needs.insert(0, several if name in SEVERAL else "teacher" if row["teachers"] else "no mentor")
         others = [p for p in row["phases"] if p != "main"]
         needs += [f"phases {', '.join(row['phases'])}"] if others and len(row["phases"]) > 1 else []
         extra = f"{row['parameters']:,}" if row["parameters"] else ""
