@@ -6,8 +6,9 @@ Step cost: one update of a ResNet-8 taught by a ResNet-20, batch 64, on noise of
 on any pictures), the mentors' answers and whatever else the method asks of them included; how many times KD's, all
 methods stepped in turn within one process, the ratio of medians with quartiles of the rounds' ratios. A method of
 several phases is charged for all of them: their steps over those of the recipe's own epochs, of which KD has no others.
-Methods that hear several mentors have two peers beside the teacher, and so has the KD they are compared with. Extra parameters and memory are those at these sizes, with
-CIFAR-100's 50,000 images. Lines: the class and the losses it calls, without comments, docstrings and blanks.
+Methods that hear several mentors have two peers beside the teacher, and so has the KD they are compared with. Extra
+parameters and memory are those at these sizes, with CIFAR-100's 50,000 images. Lines: the class and the losses it
+calls, without comments, docstrings and blanks.
 --contract: what `pytest tests/contract --junitxml=junit.xml` wrote; the table then says how many of its tests passed.
 """
 
