@@ -104,7 +104,9 @@ class FT(Method):
             "factors": self.outer_weight * factor_loss(ours, factor, p1=self.p1, p2=self.p2, variant=self.variant),
         }
         if self.kd_weight:
-            terms["teacher"] = self.kd_weight * lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau).mean()
+            terms["teacher"] = (
+                self.kd_weight * lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau).mean()
+            )
         return terms
 
 
@@ -155,7 +157,9 @@ class AB(Method):
             return {"hard": 0 * hard, "boundaries": AB_SCALE * torch.stack(each).sum()}
         terms = {"hard": self.ce_weight * hard}
         if self.kd_weight:
-            terms["teacher"] = self.kd_weight * lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau).mean()
+            terms["teacher"] = (
+                self.kd_weight * lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau).mean()
+            )
         return terms
 
 
