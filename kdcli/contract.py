@@ -11,9 +11,8 @@ import itertools
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +159,7 @@ class Toy:
         member.name = f"mentor{place}"
         return member
 
-    def learner(
-        self, name: str, options: Options, *, student: str = "", mentors: int = 3, **train: Any
-    ) -> Learner:
+    def learner(self, name: str, options: Options, *, student: str = "", mentors: int = 3, **train: Any) -> Learner:
         """A learner that has begun its first epoch."""
         settings = {"epochs": 30, "batch_size": BATCH, "lr": 0.02, "schedule": "constant", "precision": "fp32", **train}
         tables = {"data": {"name": "digits"}, "method": {"name": name, **options}, "train": settings}
@@ -603,7 +600,11 @@ def peers_targets_are_detached(toy: Toy, name: str, options: Options) -> None:
                 places = leaves(lesson)
                 mine = [x for place, x in places.items() if place.startswith(f"{who}.")]
                 others = {place: x for place, x in places.items() if not place.startswith(f"{who}.")}
-                first = torch.autograd.grad(value, mine, create_graph=True, allow_unused=True) if value.requires_grad else ()
+                first = (
+                    torch.autograd.grad(value, mine, create_graph=True, allow_unused=True)
+                    if value.requires_grad
+                    else ()
+                )
                 found = [(grad * torch.rand_like(grad)).sum() for grad in first if grad is not None]
                 if not found or not (mixed := torch.stack(found).sum()).requires_grad:
                     continue
@@ -680,7 +681,9 @@ def only_learners_learn(toy: Toy, name: str, options: Options) -> None:
                     need(parameter.grad is not None, f"phase {phase.name}: a part of {key} gets no gradient")
         for key, old in idle.items():
             quiet = all(p.grad is None for p in learns[key].parameters())
-            need(quiet and fingerprint([learns[key]]) == old, f"phase {phase.name} changes {key}, whom it does not name")
+            need(
+                quiet and fingerprint([learns[key]]) == old, f"phase {phase.name} changes {key}, whom it does not name"
+            )
         for member in one.classroom.mentors:
             need(not any(part.training for part in member.modules()), f"{member.name} is not in eval mode")
             for parameter in member.parameters():
@@ -714,8 +717,14 @@ def _goes_on(toy: Toy, name: str, options: Options, settings: dict[str, Any]) ->
         for key, module in one.method.learners().items():
             same = fingerprint([module]) == fingerprint([two.method.learners()[key]])
             need(same, f"phase {phase.name}: loaded and continued, {key} is another")
-        need(fingerprint([one.graduate()]) == fingerprint([two.graduate()]), f"phase {phase.name}: the graduate is another")
-        need(fingerprint([one.method]) == fingerprint([two.method]), f"phase {phase.name}: the method's own tensors differ")
+        need(
+            fingerprint([one.graduate()]) == fingerprint([two.graduate()]),
+            f"phase {phase.name}: the graduate is another",
+        )
+        need(
+            fingerprint([one.method]) == fingerprint([two.method]),
+            f"phase {phase.name}: the method's own tensors differ",
+        )
 
 
 def noise_follows_seed_and_step(toy: Toy, name: str, options: Options) -> None:
@@ -814,7 +823,9 @@ def micro_batches_add_up_or_are_refused(toy: Toy, name: str, options: Options) -
         if noisy(toy, name, options):
             need(finite(there), "the loss of micro-batches is not finite")
             raise Idle("it draws noise, which halves draw anew")
-        need(alike(here, there), f"phase {phase.name}: {there} in halves, {here} whole: full_batches is missing in needs")
+        need(
+            alike(here, there), f"phase {phase.name}: {there} in halves, {here} whole: full_batches is missing in needs"
+        )
         for key, module in whole.method.learners().items():
             for a, b in zip(module.parameters(), parts.method.learners()[key].parameters(), strict=True):
                 need(torch.allclose(a, b, rtol=1e-4, atol=1e-5), f"phase {phase.name}: {key} is updated differently")
@@ -862,7 +873,9 @@ def mentors_are_asked_for(toy: Toy, name: str, options: Options) -> None:
     try:
         toy.learner(name, options, mentors=least - 1)
     except RecipeError as error:
-        need(own.label(name) in error.message and "--teacher" in error.hint, "too few mentors are refused without a cure")
+        need(
+            own.label(name) in error.message and "--teacher" in error.hint, "too few mentors are refused without a cure"
+        )
         return
     raise Broken(f"says it needs {least} mentors, and is not refused with fewer")
 
@@ -923,7 +936,9 @@ def options_are_checked(toy: Toy, name: str, options: Options) -> None:
             try:
                 methods.build(name, {**options, key: probe}, "toy")
             except RecipeError as error:
-                need(f"method.{key}" in error.message, f"{key} = {probe!r} is refused without its name: {error.message}")
+                need(
+                    f"method.{key}" in error.message, f"{key} = {probe!r} is refused without its name: {error.message}"
+                )
                 refused += 1
         need(refused == len(PROBES) or key != "zzz", "options that it does not have are taken")
         need(refused, f"any value will do for {key}: give it a type")

@@ -91,6 +91,7 @@ class TrainConfig(Section):
     min_lr: float = Field(default=0.0, ge=0.0)
     decay_epochs: list[int] = []  # milestones of schedule = "multistep"; the period of "step" is the first
     decay_rate: float = Field(default=0.1, gt=0.0)
+    cycles: int = Field(default=1, ge=1)  # schedule = "cosine" falls from lr that often, each time anew (warm restarts)
     precision: Precision = "auto"  # of the student; losses are float32
     seed: int = Field(default=0, ge=0)  # initial weights, method noise, dropout
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay of the weights' average, then the student
@@ -164,6 +165,9 @@ class Recipe(Section):
         plain["method"] = _floats(plain["method"])  # nothing has made these one type yet, and tau = 4 is tau = 4.0
         if own.named(self.method.name):
             plain["method"]["name"] = f"{own.digest(self.method.name)}:{self.method.label}"
+        for one in plain.get("stage", []):
+            if "method" in one and own.named(one["method"]["name"]):
+                one["method"]["name"] = f"{own.digest(one['method']['name'])}:{own.label(one['method']['name'])}"
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def toml(self) -> str:
@@ -263,7 +267,9 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe's tables with the files of own methods found, from its `folder` or from here."""
-    method, beside = tables.get("method"), tables.get("baselines")
+    method, beside, first = tables.get("method"), tables.get("baselines"), tables.get("stage")
+    if isinstance(first, list):
+        tables = {**tables, "stage": [located(one, folder) if isinstance(one, dict) else one for one in first]}
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         tables = {**tables, "method": {**method, "name": own.resolve(method["name"], folder)}}
     if isinstance(beside, dict):

@@ -99,7 +99,7 @@ def check(whole: Plan, data: DataSet, device: torch.device) -> Classroom:
     step."""
     classroom = None
     for name, part, classroom in rehearse(whole, data, device):
-        Learner(name or part.method.name, part, classroom, 1)
+        Learner(name or part.method.label, part, classroom, 1)
     assert classroom is not None
     return classroom
 
@@ -124,7 +124,9 @@ def learn(
             if not dist.first(lambda folder=folder: folder.done):
                 seated = resolve(part, run.path / FOLDER)
                 classroom = seat(seated, data, device, mentors=teaches(part))
-                session = distill.open_session({name: seated}, classroom, folder, {name: folder})
+                session = distill.open_session(
+                    {part.method.label: seated}, classroom, folder, {part.method.label: folder}
+                )
                 going_on = dist.first(lambda folder=folder: folder.begun)
                 if going_on:
                     distill.same_room(folder, classroom)
@@ -140,7 +142,7 @@ def _last(recipe: Recipe, whole: Plan, run: Run, data: DataSet, device: torch.de
     """The recipe's own part, in a folder that was laid out before its mentors were there."""
     seated = resolve(whole.last, run.path / FOLDER)
     classroom = seat(seated, data, device, mentors=teaches(recipe))
-    name = recipe.method.name
+    name = recipe.method.label
     session = distill.open_session({name: recipe}, classroom, run, {name: run})
     going_on = dist.first(lambda: all(run.provenance["stages"].values()))
     if going_on:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from kdcli import device as devices
 from kdcli.classroom import Member
 from kdcli.errors import RecipeError
 from kdcli.losses.online import attended, gated, mutual_loss, peer_loss, ramp
@@ -65,6 +66,7 @@ class Cohort(Method):
         assert lesson is not None
         stages = lesson.student.stages
         self.tap = [*stages][-2] if self.split == "auto" else adapters.tap(stages, self.split, "the student", "split")
+        self.precision, _ = devices.precision(room.train.precision, room.device, frozen=False)  # as the student's
         self.branches = nn.ModuleList(seats)
         self.rests: list[Rest] = []
         for member in seats:
@@ -84,9 +86,8 @@ class Cohort(Method):
             vectors = view.vectors if "pooled" in self.needs else None
             found.append(Answer(view.out, vectors, [*stages.values()][-1] if stages else None))
         if self.rests:
-            assert isinstance(lesson.student.maps, dict)
-            x = lesson.student.maps[self.tap]
-            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):  # as the student itself
+            x, precision = lesson.student.stages[self.tap], self.precision
+            with torch.autocast(x.device.type, devices.dtype_of(precision), enabled=precision != "fp32"):
                 found += [Answer(*rest(x)) for rest in self.rests]
         return found
 
