@@ -191,7 +191,7 @@ def test_semckd_by_hand():
             keys = [F.normalize(method.keys[j](t.flatten(1) @ t.flatten(1).T)[b], dim=0) for j, t in enumerate(theirs)]
             share = torch.softmax(torch.stack([query @ key / 0.5 for key in keys]), 0)
             for j, t in enumerate(theirs):
-                size = (min(s.shape[2], t.shape[2]),) * 2
+                size = min(s.shape[2], t.shape[2])
                 projected = method.projectors[i][j](F.adaptive_avg_pool2d(s, size))[b]
                 error = (projected - F.adaptive_avg_pool2d(t, size)[b]).square().mean()
                 total += (share[j] * error).item()
