@@ -14,7 +14,6 @@ import torch
 
 from kdcli import dist, distill, files, own, run as runs, stages
 from kdcli.classroom import Classroom
-from kdcli.data import open_data
 from kdcli.engine import Event, Session
 from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.recipe import STAGE, Recipe, staged as stages_of
@@ -100,7 +99,7 @@ def check(recipe: Recipe, methods: list[str], seeds: list[int], device: torch.de
         )
     _, later = parted(learners(recipe, methods, seeds[:1]))
     if later:
-        data = dist.in_turn(lambda: open_data(recipe.data, device=device))
+        data = distill.data_of(recipe, device)
         for one in later.values():
             stages.check(stages.plan(one), data, device)
 
@@ -156,8 +155,9 @@ def _lay_out_learners(session: Session, classroom: Classroom) -> None:
 
 def again(run: Run) -> list[str]:
     """The methods of a compare that is to be resumed, own ones as the run keeps them."""
-    kept = run.recipe.own_methods()
-    return [kept.get(str(label), str(label)) for label in run.provenance["methods"]]
+    kept: dict[str, str] = run.recipe.own_methods()
+    labels: list[str] = run.provenance["methods"]
+    return [kept.get(label, label) for label in labels]
 
 
 def go(session: Session, *, resume: bool = False) -> Iterator[Event]:

@@ -16,7 +16,7 @@ from kdcli.engine import Event, Notice, Session
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.learner import Learner, keep as keep_student
 from kdcli.mentors import Mentors, worth_compiling
-from kdcli.recipe import Recipe
+from kdcli.recipe import STAGE, Recipe, staged
 from kdcli.run import Run
 
 
@@ -33,11 +33,20 @@ class Result:
     epoch: int  # the shipped weights' epoch
 
 
-def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> tuple[DataSet, Classroom]:
-    """The recipe's data and classroom. Data is looked for before weights."""
+def data_of(recipe: Recipe, device: torch.device) -> DataSet:
+    """The recipe's data. Raises RecipeError when none is named."""
     if not recipe.data.name:
         raise RecipeError("no data is named", hint="Add --data NAME; `kdcli data ls` shows what there is.")
-    data = dist.in_turn(lambda: open_data(recipe.data, device=device))
+    return dist.in_turn(lambda: open_data(recipe.data, device=device))
+
+
+def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> tuple[DataSet, Classroom]:
+    """The recipe's data and classroom. Data is looked for before weights."""
+    if waits := staged(recipe.classroom, mentors=mentors):
+        raise RecipeError(
+            f"{STAGE}{waits[0]} is trained by distill and compare only", hint="Name networks that are there already."
+        )
+    data = data_of(recipe, device)
     return data, seat(recipe, data, device, mentors=mentors)
 
 

@@ -10,10 +10,10 @@ import torch
 
 from kdcli import dist, distill, methods, run as runs, zoo
 from kdcli.classroom import Classroom, seat
-from kdcli.data import DataSet, open_data
+from kdcli.data import DataSet
 from kdcli.engine import Event
 from kdcli.errors import InterruptedRun, RecipeError
-from kdcli.learner import Learner, card
+from kdcli.learner import Learner, keep
 from kdcli.methods.assistants import Assisted
 from kdcli.recipe import NAMED, STAGE, Recipe, staged
 from kdcli.run import Run
@@ -71,6 +71,11 @@ def resolve(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.with_(**over) if staged(recipe.classroom, mentors=mentors) else recipe
 
 
+def recipe_of(run: Run) -> Recipe:
+    """A run's recipe as a plain one, its mentors those that its stages trained."""
+    return resolve(plan(run.recipe).last, run.path / FOLDER)
+
+
 def _lying(spec: str | None, folder: Path) -> str | None:
     if spec is None or not spec.startswith(STAGE):
         return spec
@@ -87,20 +92,16 @@ def rehearse(whole: Plan, data: DataSet, device: torch.device) -> Iterator[tuple
             classroom = seat(seated, data, device, mentors=teaches(part))
             yield name, seated, classroom
             if name:
-                student = classroom.student(part.train.seed)
+                one = Learner(name, seated, classroom, 1)
                 (folder / name).mkdir()
-                zoo.save(
-                    folder / name, "student", student.net.state_dict(), card(student, data, None, 0.0, "untrained")
-                )
+                keep(Run(folder / name), "student", one, 0, 0.0, one.weights())
 
 
 def check(whole: Plan, data: DataSet, device: torch.device) -> Classroom:
     """The classroom of the last part, rehearsed. Raises KdcliError for whatever would stop any part before its first
     step."""
-    classroom = None
-    for name, part, classroom in rehearse(whole, data, device):
-        Learner(name or part.method.label, part, classroom, 1)
-    assert classroom is not None
+    *_, (_, last, classroom) = rehearse(whole, data, device)
+    Learner(last.method.label, last, classroom, 1)
     return classroom
 
 
@@ -112,7 +113,7 @@ def learn(
     rehearsed: what `check` gave, where it was called already.
     """
     whole = plan(recipe)
-    data = rehearsed.data if rehearsed else dist.in_turn(lambda: open_data(recipe.data, device=device))
+    data = rehearsed.data if rehearsed else distill.data_of(recipe, device)
     if not dist.first(lambda: run.begun):
         facts = distill.facts_of(rehearsed or check(whole, data, device))
         told = {**facts, "mentors": {}, "banks": {}, "chosen": [], "stages": {name: {} for name in whole.stages}}

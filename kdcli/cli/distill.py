@@ -82,7 +82,7 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
         if resume:
             stack.enter_context(run.writing())
         if (whole := stages.plan(config)).stages:
-            rehearsed = None if resume else stages.check(whole, room.open_data(config.data, device=device), device)
+            rehearsed = None if resume else stages.check(whole, room.data_of(config, device), device)
             if not resume:
                 stack.enter_context(run.writing())
             stages.learn(config, run, device, teller(notes, quiet), rehearsed=rehearsed)

@@ -56,8 +56,9 @@ def show_run(run: o.RunName = None, json: o.Json = False) -> None:
     lines = [[key, f"{fact:.2f}" if isinstance(fact, float) else fact] for key, fact in known.items()]
     lines += [["data", f"{facts['data']['name']} ({facts['data']['hash'][:12]})"]]
     lines += [[f"mentor {name}", f"{m['architecture']} ({m['sha256'][:12]})"] for name, m in facts["mentors"].items()]
-    for name, one in facts.get("stages", {}).items():
-        lines += [[f"stage {name}", f"{one['top1']:.2f}" if one else "not all of its stages are trained yet"]]
+    for name in facts.get("stages", {}):
+        stage = runs.Run(found.path / "stages" / name)
+        lines += [[f"stage {name}", f"{stage.provenance['top1']:.2f}" if stage.done else "not finished"]]
     lines += [["state", "done" if found.finished else f"stopped after {len(rows)} epochs"]]
     show.table([found.name, ""], lines, left=2)
     if found.kind == "compare":
