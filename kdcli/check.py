@@ -2,17 +2,17 @@
 
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from kdcli import banks, device as devices, distill, fill, methods
+from kdcli import banks, device as devices, distill, fill, stages
 from kdcli.classroom import Classroom
 from kdcli.data import Split
 from kdcli.errors import WeightsError
 from kdcli.evaluate import score
-from kdcli.recipe import Recipe
+from kdcli.recipe import STAGE, Recipe
 from kdcli.run import Run
 from kdcli.tasks import Classify
 
@@ -46,9 +46,30 @@ class Look:
 
 
 def look(recipe: Recipe, device: torch.device, images: int) -> Look:
-    """Resolve, load, score the mentors on up to `images` test images (0: all), take a few steps and throw them away."""
-    teaches = methods.find(recipe.method.name).teachers > 0
-    data, classroom = distill.open_room(recipe, device, mentors=teaches)
+    """Resolve, load, score the mentors on up to `images` test images (0: all), take a few steps and throw them away.
+
+    Stages come first, each with untrained networks in the place of what earlier ones will have trained.
+    """
+    whole, words, seconds = stages.plan(recipe), [], 0.0
+    for name, part, classroom in stages.rehearse(whole, distill.data_of(recipe, device), device):
+        if not name:
+            found = _look(part, whole.last, classroom, images)
+            return replace(found, words=[*words, *found.words], seconds=seconds + found.seconds)
+        _, update, batches = _dry_steps(part, classroom)
+        took = update * batches * part.train.epochs
+        taught = ", ".join(mentor.name for mentor in classroom.mentors) or "nobody"
+        words.append(
+            f"stage {name}: {classroom.student_name.arch} taught by {taught} ({part.method.label}), "
+            f"{part.train.epochs} epochs, about {took:.0f} s"
+        )
+        seconds += took
+    raise AssertionError("a recipe's own part comes last")
+
+
+def _look(recipe: Recipe, named: Recipe, classroom: Classroom, images: int) -> Look:
+    """A classroom's table and the cost of its recipe; `named` says which mentors are stages' graduates."""
+    device, data = classroom.device, classroom.data
+    later = [(spec or "").startswith(STAGE) for spec in (named.classroom.teacher, *named.classroom.peers)]
     student = classroom.student(recipe.train.seed)
     params, macs = student.count()
     seats = [Seat("student", student.name, params, macs, student.input_size, None, student.origin or "from scratch")]
@@ -62,8 +83,11 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
     test = _some(data.test, images)
     for n, mentor in enumerate(classroom.mentors):
         params, macs = mentor.count()
-        top1 = score(mentor, test, device).top1
         role = "teacher" if n == 0 else "peer"
+        if later[n]:
+            seats.append(Seat(role, mentor.name, params, macs, mentor.input_size, None, "trained first, in a stage"))
+            continue
+        top1 = score(mentor, test, device).top1
         seats.append(Seat(role, mentor.name, params, macs, mentor.input_size, top1, mentor.origin))
         chance = Classify(len(data.classes)).chance
         if top1 < CLOSE_TO_CHANCE * chance:
@@ -91,7 +115,7 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "dry")
         live = recipe.with_(**{"classroom.bank": False})  # nothing is to be left behind
-        session = distill.open_session({recipe.method.name: live}, classroom, run, {recipe.method.name: run})
+        session = distill.open_session({recipe.method.label: live}, classroom, run, {recipe.method.label: run})
         learner = session.learners[0]
         learner.begin_epoch(0, lambda _: iter(()))
         times = []

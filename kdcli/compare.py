@@ -1,23 +1,26 @@
-"""Methods side by side: one stream, one answer of the mentors, every learner trained as if it were alone."""
+"""Methods side by side: one stream, one answer of the mentors, every learner trained as if it were alone.
+
+A method whose mentors must be trained first (takd, dgkd, a recipe's stages) has a classroom of its own: its learners
+come after those that share one, each by itself, from the same stream of pictures.
+"""
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from kdcli import dist, distill, files, run as runs
+from kdcli import dist, distill, files, own, run as runs, stages
 from kdcli.classroom import Classroom
 from kdcli.engine import Event, Session
-from kdcli.errors import InterruptedRun
-from kdcli.recipe import Recipe
+from kdcli.errors import InterruptedRun, RecipeError
+from kdcli.recipe import STAGE, Recipe, staged as stages_of
 from kdcli.run import Run
+from kdcli.stages import Follow
 
 CONTROL = "nokd"
-Follow = Callable[[Classroom, Iterator[Event], str], None]
-"""Tells what was chosen for a classroom, and runs its training to the end under a label."""
 
 
 @dataclass
@@ -56,13 +59,62 @@ class Comparison:
 
 def learners(recipe: Recipe, methods: list[str], seeds: list[int]) -> dict[str, Recipe]:
     """A recipe for every method and seed, the control first, each as its own `distill` would run it."""
-    names = list(dict.fromkeys([CONTROL, *methods]))
-    return {f"{m}-{seed}": recipe.with_method(m).with_(**{"train.seed": seed}) for m in names for seed in seeds}
+    names = called(methods)
+    return {
+        f"{label}-{seed}": recipe.with_method(name).with_(**{"train.seed": seed})
+        for label, name in names.items()
+        for seed in seeds
+    }
+
+
+def called(methods: list[str]) -> dict[str, str]:
+    """The control and the methods by the name their folders have. Raises RecipeError where two have the same."""
+    names: dict[str, str] = {}
+    for method in dict.fromkeys([CONTROL, *methods]):
+        label = own.label(method)
+        if twin := next((one for one in names if one.lower() == label.lower()), None):  # some disks ignore case
+            raise RecipeError(
+                f"--methods: {names[twin]} and {method} would both go by the name of {twin}",
+                hint="Give one of the classes another name.",
+            )
+        names[label] = method
+    return names
+
+
+def parted(recipes: dict[str, Recipe]) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
+    """The learners that can share one classroom, and those whose mentors must be trained first."""
+    later = {name for name, one in recipes.items() if stages.plan(one).stages}
+    return (
+        {name: one for name, one in recipes.items() if name not in later},
+        {name: one for name, one in recipes.items() if name in later},
+    )
+
+
+def check(recipe: Recipe, methods: list[str], seeds: list[int], device: torch.device) -> None:
+    """Raise KdcliError for whatever would stop a learner's stages, before anything is trained."""
+    if (recipe.classroom.student or "").startswith(STAGE):
+        raise RecipeError(
+            f"classroom.student = {recipe.classroom.student!r}: a compare's control would have to wait for that stage",
+            hint="Train it by itself and name its run: ARCHITECTURE@RUN.",
+        )
+    _, later = parted(learners(recipe, methods, seeds[:1]))
+    if later:
+        data = distill.data_of(recipe, device)
+        for one in later.values():
+            stages.check(stages.plan(one), data, device)
+
+
+def open_room(recipe: Recipe, device: torch.device) -> Classroom:
+    """The classroom that learners share; without mentors where those are a stage's graduates."""
+    if stages_of(recipe.classroom):
+        alone = recipe.with_(**{"stage": [], "classroom.teacher": None, "classroom.peers": []})
+        return distill.open_room(alone, device)[1]
+    return distill.open_room(recipe, device)[1]
 
 
 def open_session(recipe: Recipe, methods: list[str], seeds: list[int], classroom: Classroom, run: Run) -> Session:
-    """All learners over one stream, each with its own folder inside the compare's."""
-    recipes = learners(recipe, methods, seeds)
+    """The learners that share a classroom over one stream, each with its own folder inside the compare's."""
+    recipes, _ = parted(learners(recipe, methods, seeds))
     return distill.open_session(recipes, classroom, run, {name: Run(run.path / name) for name in recipes})
 
 
@@ -75,8 +127,9 @@ def start(session: Session, classroom: Classroom, recipe: Recipe, methods: list[
 def _lay_out(
     run: Run, classroom: Classroom, recipe: Recipe, methods: list[str], seeds: list[int], *, independent: bool
 ) -> None:
-    names = list(dict.fromkeys([CONTROL, *methods]))
-    method = recipe.method.name if recipe.method.name in names else names[-1]
+    names = list(called(methods))
+    method = recipe.method.label if recipe.method.label in names else names[-1]
+    recipe = recipe.with_(baselines={name: {} for name in methods if own.named(name)})  # whose files are kept too
     facts = {
         **distill.facts_of(classroom),
         "methods": names,
@@ -100,12 +153,45 @@ def _lay_out_learners(session: Session, classroom: Classroom) -> None:
     dist.first(lay_out)
 
 
+def again(run: Run) -> list[str]:
+    """The methods of a compare that is to be resumed, own ones as the run keeps them."""
+    kept: dict[str, str] = run.recipe.own_methods()
+    labels: list[str] = run.provenance["methods"]
+    return [kept.get(label, label) for label in labels]
+
+
 def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     """Train all learners and write compare.json; yields what `engine.train` yields."""
     if resume:  # it may have been killed between one folder and the next
         _lay_out_learners(session, session.learners[0].classroom)
     yield from distill.go(session, resume=resume)
     dist.first(lambda: _write(session.run))
+
+
+def through(run: Run, recipe: Recipe, methods: list[str], seeds: list[int]) -> bool:
+    """Whether all learners that share a classroom have finished."""
+    return all(Run(run.path / name).done for name in parted(learners(recipe, methods, seeds))[0])
+
+
+def staged(
+    recipe: Recipe, methods: list[str], seeds: list[int], device: torch.device, run: Run, follow: Follow
+) -> None:
+    """Train the learners whose mentors come first, with their stages, as far as they are not finished yet."""
+    _, later = parted(learners(recipe, methods, seeds))
+    for name, one in later.items():
+        folder = Run(run.path / name)
+        if dist.first(lambda folder=folder: folder.done):
+            continue
+
+        def named(classroom: Classroom, events: Iterator[Event], label: str, name: str = name) -> None:
+            follow(classroom, events, f"{name}: {label}")
+
+        try:
+            stages.learn(one, folder, device, named)
+        except InterruptedRun as stopped:
+            raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
+    if later:
+        dist.first(lambda: _write(run))
 
 
 def independent(
@@ -121,7 +207,7 @@ def independent(
     """As `go`, but every seed has its own stream too (data.seed = train.seed), one stream after the other."""
     for n, seed in enumerate(seeds):
         own = recipe.with_(**{"data.seed": seed})
-        _, classroom = distill.open_room(own, device)
+        classroom = open_room(own, device)
         session = open_session(own, methods, [seed], classroom, Run(run.path / f".seed-{seed}"))
         session.runs = {learner.name: Run(run.path / learner.name) for learner in session.learners}
         if n == 0 and resume:
@@ -138,7 +224,10 @@ def independent(
         except InterruptedRun as stopped:
             raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
         dist.first(session.run.remove)
-    return dist.first(lambda: _write(run))
+    for seed in seeds:
+        staged(recipe.with_(**{"data.seed": seed}), methods, [seed], device, run, follow)
+    dist.first(lambda: _write(run))
+    return dist.first(lambda: summarise(run))
 
 
 def _stands(session: Session) -> tuple[bool, bool]:
@@ -152,10 +241,12 @@ def _stands(session: Session) -> tuple[bool, bool]:
     return False, going_on
 
 
-def _write(run: Run) -> Comparison:
-    found = summarise(run)
-    files.write_text(run.path / "compare.json", found.json())
-    return found
+def _write(run: Run) -> None:
+    """Write compare.json, once every learner has finished."""
+    facts = run.provenance
+    names = [f"{method}-{seed}" for method in facts["methods"] for seed in facts["train_seeds"]]
+    if all(Run(run.path / name).done for name in names):
+        files.write_text(run.path / "compare.json", summarise(run).json())
 
 
 def summarise(run: Run) -> Comparison:

@@ -82,6 +82,26 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on `device`; None where nobody says (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    import os
+    from pathlib import Path
+
+    found = []
+    if (info := Path("/proc/meminfo")).is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # all there is: who uses it is not said
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    shares = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")]  # a container's
+    texts = [share.read_text().strip() for share in shares if share.is_file()]
+    return min([*found, *(int(text) for text in texts if text.isdigit())], default=None)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch says that there is no memory left: CUDA has a class for it, CPUs and MPS but words."""
     words = ("out of memory", "can't allocate memory")

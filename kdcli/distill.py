@@ -16,7 +16,7 @@ from kdcli.engine import Event, Notice, Session
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.learner import Learner, keep as keep_student
 from kdcli.mentors import Mentors, worth_compiling
-from kdcli.recipe import Recipe
+from kdcli.recipe import STAGE, Recipe, staged
 from kdcli.run import Run
 
 
@@ -33,11 +33,20 @@ class Result:
     epoch: int  # the shipped weights' epoch
 
 
-def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> tuple[DataSet, Classroom]:
-    """The recipe's data and classroom. Data is looked for before weights."""
+def data_of(recipe: Recipe, device: torch.device) -> DataSet:
+    """The recipe's data. Raises RecipeError when none is named."""
     if not recipe.data.name:
         raise RecipeError("no data is named", hint="Add --data NAME; `kdcli data ls` shows what there is.")
-    data = dist.in_turn(lambda: open_data(recipe.data, device=device))
+    return dist.in_turn(lambda: open_data(recipe.data, device=device))
+
+
+def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> tuple[DataSet, Classroom]:
+    """The recipe's data and classroom. Data is looked for before weights."""
+    if waits := staged(recipe.classroom, mentors=mentors):
+        raise RecipeError(
+            f"{STAGE}{waits[0]} is trained by distill and compare only", hint="Name networks that are there already."
+        )
+    data = data_of(recipe, device)
     return data, seat(recipe, data, device, mentors=mentors)
 
 
@@ -61,6 +70,7 @@ def open_session(
         mixup=config.mixup,
         cutmix=config.cutmix,
         label_smoothing=config.label_smoothing,
+        strong=any("two_views" in methods.build(one.method.name, one.method.options).needs for one in recipes.values()),
     )
     shares.check(len(data.train), config)
     dist.alike({"recipe": recipe.hash(), "data": data.pixels, **{one.name: one.digest for one in classroom.mentors}})
@@ -68,8 +78,9 @@ def open_session(
         data.train.store.record()
     learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
     precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
-    classroom.notes += [(f"method {one.method.name}", _options(one), "a method's own defaults but for what is given")
-                        for one in {one.method.name: one for one in recipes.values()}.values()]  # fmt: skip
+    forms = {(one.method.label, _options(one)): None for one in recipes.values()}
+    classroom.notes += [(f"method {name}", options, "a method's own defaults but for what is given")
+                        for name, options in forms]  # fmt: skip
     student = learners[0].student
     classroom.notes.append((student.name, student.origin, "the student's weights"))
     classroom.notes.append(("device", devices.describe(device), "--device chooses"))
@@ -79,9 +90,13 @@ def open_session(
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
     if any(learner.method.teachers for learner in learners):
-        needs = frozenset().union(*(learner.method.needs for learner in learners if learner.method.teachers))
+        taught = [learner for learner in learners if learner.method.teachers]
+        needs = frozenset().union(*(learner.method.needs for learner in taught))
+        plain = any(not learner.needs for learner in taught)
         ahead, graph = recipe.classroom.ahead or 0, config.cuda_graph
-        mentors = dist.in_turn(lambda: fill.open_mentors(classroom, recipe, needs=needs, ahead=ahead, cuda_graph=graph))
+        mentors = dist.in_turn(
+            lambda: fill.open_mentors(classroom, recipe, needs=needs, plain=plain, ahead=ahead, cuda_graph=graph)
+        )
     else:
         mentors = Mentors([], precision, device)
     compiled = _to_compile(recipe, mentors, max(one.epochs for one in learners) * len(stream) * config.batch_size)
@@ -101,7 +116,7 @@ def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
 
 def _options(recipe: Recipe) -> str:
     """All options of a recipe's method as they are in force."""
-    values = {key: p.default for key, p in methods.options(recipe.method.name).items()} | recipe.method.options
+    values = methods.in_force(recipe.method.name, recipe.method.options)
     return ", ".join(f"{key} = {value}" for key, value in values.items() if value is not None) or "no options"
 
 

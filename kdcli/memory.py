@@ -97,7 +97,7 @@ def _statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 def _account(session: "Session", learner: "Learner", batch: Batch, taught: View | None, at: int) -> OutOfMemory:
     """The error that says who took what, and the batch that would fit: half by half, it is tried."""
-    images, name = len(batch.index), learner.recipe.method.name
+    images, name = len(batch.index), learner.recipe.method.label
     where = "in the optimiser's update" if learner.updating else f"in a step of {images} images"
     message = f"{learner.name}: out of memory {where}: {_taken(session)}"
     if learner.updating:
@@ -112,7 +112,7 @@ def _account(session: "Session", learner: "Learner", batch: Batch, taught: View 
     if each:
         message += f"; a training image takes {_size(each)}"
     room = f" (by its memory, up to {most})" if most > fits else ""
-    couples = f"; method {name} ranks whole batches, so they are not split" if learner.coupled else ""
+    couples = f"; method {name} looks at whole batches, so they are not split" if learner.coupled else ""
     return OutOfMemory(message, hint=f"Tried: --set train.batch_size={fits} fits{room}{couples}.")
 
 

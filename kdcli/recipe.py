@@ -9,10 +9,14 @@ from typing import Any, Literal
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kdcli import own
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.home import shipped
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+STAGE = "@stage:"
+"""What the name of a stage's graduate begins with, wherever a network is named."""
+NAMED = ("student", "teacher", "peers")
 
 
 class Section(BaseModel):
@@ -62,6 +66,11 @@ class MethodConfig(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+    @property
+    def label(self) -> str:
+        """The name where it has to be short and safe: of an own method the class's."""
+        return own.label(self.name)
 
 
 class TrainConfig(Section):
@@ -117,6 +126,20 @@ class Expect(Section):
     top5: dict[str, float] = {}
 
 
+class StageConfig(Section):
+    """A training before the recipe's own. What it learned is `@stage:NAME` to later ones and to the recipe's classroom.
+
+    What is left out is the recipe's own; `train` names only what differs.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # a folder is called so
+    student: str
+    teacher: str | None = None
+    peers: list[str] | None = None
+    method: MethodConfig | None = None
+    train: dict[str, Any] = {}
+
+
 class Recipe(Section):
     """Everything a run needs."""
 
@@ -126,34 +149,90 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     classroom: ClassroomConfig = ClassroomConfig()
     method: MethodConfig = MethodConfig()
-    baselines: dict[str, dict[str, Any]] = {}  # method -> its options when this recipe runs it instead of its own
+    # method -> its options when this recipe runs it instead of its own; with a `name` among them the key is a label, so
+    # that one method can be compared in several forms: tekap-l = { name = "tekap", parts = "logits" }
+    baselines: dict[str, dict[str, Any]] = {}
     train: TrainConfig = TrainConfig()
     expect: Expect | None = None
+    stage: list[StageConfig] = []  # trained first, in this order
 
     def hash(self) -> str:
         """sha256 of what decides the result: not titles, published figures, other methods' options, when to save or who
-        decodes."""
+        decodes; of an own method what its file holds, wherever that lies."""
         idle: dict[str, Any] = {"title": True, "source": True, "expect": True, "baselines": True}
         idle |= {"train": {"checkpoint_minutes"}, "data": {"readers", "workers"}}
-        plain = self.model_dump(mode="json", exclude=idle)
-        plain["method"] = {  # nothing has made these one type yet, and tau = 4 is tau = 4.0
-            key: float(value) if type(value) is int else value for key, value in plain["method"].items()
-        }
+        plain = self.model_dump(mode="json", exclude=idle | ({} if self.stage else {"stage": True}))
+        plain["method"] = _floats(plain["method"])  # nothing has made these one type yet, and tau = 4 is tau = 4.0
+        if own.named(self.method.name):
+            plain["method"]["name"] = f"{own.digest(self.method.name)}:{self.method.label}"
+        for one in plain.get("stage", []):
+            if "method" in one and own.named(one["method"]["name"]):
+                one["method"]["name"] = f"{own.digest(one['method']['name'])}:{own.label(one['method']['name'])}"
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def toml(self) -> str:
         """The whole recipe as TOML, defaults written out; what is unset is left out."""
-        return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
+        without: set[str] = set() if self.stage else {"stage"}
+        return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True, exclude=without))
+
+    def stages(self, where: str = "recipe") -> dict[str, "Recipe"]:
+        """Every stage by name as a recipe of its own, in order."""
+        out = {}
+        for one in self.stage:
+            idle = {"title", "source", "baselines", "expect", "stage"}
+            named = {key: x for key in NAMED if (x := getattr(one, key)) is not None}
+            tables = merge(self.model_dump(exclude_none=True, exclude=idle), {"classroom": named, "train": one.train})
+            if one.method:
+                tables["method"] = one.method.model_dump()
+            out[one.name] = from_dict(tables, f"{where}: stage {one.name}")
+        return out
+
+    def own_methods(self) -> dict[str, str]:
+        """The user's own methods it names, with their files, by the name they go by in folders."""
+        names = [self.method.name, *self.baselines, *(str(one.get("name", "")) for one in self.baselines.values())]
+        names += [one.method.name for one in self.stage if one.method]
+        return {own.label(name): name for name in reversed(names) if own.named(name)}
+
+    def to_keep(self) -> "Recipe":
+        """A copy that looks for own methods beside its own file, each called as its class is."""
+        tables = self.model_dump(exclude_none=True)
+        rename = {name: f"{label}.py:{label}" for label, name in self.own_methods().items()}
+        tables["method"]["name"] = rename.get(self.method.name, self.method.name)
+        for one in tables["stage"]:
+            if "method" in one:
+                one["method"]["name"] = rename.get(one["method"]["name"], one["method"]["name"])
+        for options in tables["baselines"].values():
+            options |= {"name": rename.get(options["name"], options["name"])} if "name" in options else {}
+        tables["baselines"] = {rename.get(name, name): options for name, options in tables["baselines"].items()}
+        return from_dict(tables, "recipe")
 
     def with_method(self, name: str) -> "Recipe":
-        """A copy that runs another method on the same classroom, with the options `baselines` gives it."""
+        """A copy that runs another method on the same classroom, with the options `baselines` gives it.
+
+        A label of `baselines` runs the method it names, in its form: the recipe's own method keeps its other options.
+        """
         if name == self.method.name:
             return self
-        return self.with_(method={"name": name, **self.baselines.get(name, {})})
+        other = self.with_(method={"name": name, **self.baselines.get(name, {})})
+        if other.expect and other.method.name != name:  # what was published of the method was of another form of it
+            for figures in (other.expect.top1, other.expect.top5):
+                figures.pop(other.method.name, None)
+                if name in figures:
+                    figures[other.method.name] = figures.pop(name)
+        return other
 
     def with_(self, **overrides: Any) -> "Recipe":
         """A copy with dotted keys replaced: `recipe.with_(**{"train.seed": 2})`."""
         return from_dict(merge(self.model_dump(exclude_none=True), _nest(overrides)), "recipe")
+
+
+def _floats(value: Any) -> Any:
+    """Whole numbers in a table, or a table within it, as fractions."""
+    if isinstance(value, dict):
+        return {key: _floats(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_floats(one) for one in value]
+    return float(value) if type(value) is int else value
 
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -178,11 +257,27 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="Check the file's permissions.") from None
     base = tables.pop("extends", None)
     _check_keys(tables, str(path))
+    tables = located(tables, path.parent)
     if base is None:
         return tables
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends: one recipe's name or path, not {base!r}", hint='extends = "cifar100/base"')
     return merge(read(base, (*_seen, path)), tables)
+
+
+def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe's tables with the files of own methods found, from its `folder` or from here."""
+    method, beside, first = tables.get("method"), tables.get("baselines"), tables.get("stage")
+    if isinstance(first, list):
+        tables = {**tables, "stage": [located(one, folder) if isinstance(one, dict) else one for one in first]}
+    if isinstance(method, dict) and isinstance(method.get("name"), str):
+        tables = {**tables, "method": {**method, "name": own.resolve(method["name"], folder)}}
+    if isinstance(beside, dict):
+        tables = {**tables, "baselines": {own.resolve(name, folder): one for name, one in beside.items()}}
+        for label, options in tables["baselines"].items():
+            if isinstance(options, dict) and isinstance(options.get("name"), str):
+                tables["baselines"][label] = {**options, "name": own.resolve(options["name"], folder)}
+    return tables
 
 
 def find(name: str, extended_by: Path | None = None) -> Path:
@@ -247,7 +342,9 @@ def from_dict(tables: dict[str, Any], where: str) -> Recipe:
     """A checked Recipe. Raises RecipeError that says `where: key`, what was wrong and the nearest allowed name."""
     _check_keys(tables, where)
     try:
-        return Recipe.model_validate(tables)
+        recipe = Recipe.model_validate(tables)
+        _check_stages(recipe, where)
+        return recipe
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -267,6 +364,31 @@ def _check_keys(tables: dict[str, Any], where: str) -> None:
         value = tables.get(name)
         if isinstance(model, type) and issubclass(model, Section) and isinstance(value, dict):
             _unknown(value, model, where, f"{name}.")
+    for n, one in enumerate(tables.get("stage") or []):
+        if isinstance(one, dict):
+            _unknown(one, StageConfig, where, f"stage.{one.get('name', n)}.")
+
+
+def staged(config: ClassroomConfig, *, mentors: bool = True) -> list[str]:
+    """The stages whose graduates a classroom names, as its student and, with `mentors`, as its mentors."""
+    specs = [config.student, *((config.teacher, *config.peers) if mentors else ())]
+    return [spec.removeprefix(STAGE) for spec in specs if spec and spec.startswith(STAGE)]
+
+
+def _check_stages(recipe: Recipe, where: str) -> None:
+    """Refuse a stage of a name that was there before, and the name of one that is not."""
+    known: list[str] = []
+    for name, one in [*recipe.stages(where).items(), ("", recipe)] if recipe.stage else []:
+        here = f"{where}: stage {name}" if name else where
+        for wanted in staged(one.classroom):
+            if wanted not in known:
+                raise RecipeError(
+                    f"{here}: {STAGE}{wanted}: no stage of that name comes before it",
+                    hint=did_you_mean(wanted, known) or "What a stage leaves out (peers too) is the recipe's own.",
+                )
+        known.append(name)
+    if len(recipe.stage) > len({one.name for one in recipe.stage}):
+        raise RecipeError(f"{where}: two stages have one name", hint="Each [[stage]] needs a name of its own.")
 
 
 def _unknown(table: dict[str, Any], model: type[BaseModel], where: str, prefix: str) -> None:

@@ -1,6 +1,7 @@
 """The run folder: recipe, provenance, metrics, checkpoint, student; written whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kdcli import lock, recipe as recipes
+from kdcli import lock, own, recipe as recipes
 from kdcli.errors import InterruptedRun, RecipeError, WeightsError, did_you_mean
 from kdcli.files import append_line, seal, sealed, sweep, write_atomic, write_text
 from kdcli.recipe import Recipe
@@ -37,7 +38,7 @@ class Run:
     def recipe(self) -> Recipe:
         path = self.path / "recipe.toml"
         if not path.is_file() and self.begun and "recipe_toml" in (facts := self.provenance):  # killed between the two
-            return recipes.from_dict(tomllib.loads(facts["recipe_toml"]), str(path))
+            return recipes.from_dict(recipes.located(tomllib.loads(facts["recipe_toml"]), self.path), str(path))
         return recipes.load(str(path))
 
     @property
@@ -46,7 +47,7 @@ class Run:
 
     @property
     def begun(self) -> bool:
-        """Whether the folder holds a run; its provenance is the first thing a run writes."""
+        """Whether the folder holds a run; its provenance is the first thing a run writes, after its own methods."""
         return (self.path / "provenance.json").exists()
 
     @property
@@ -72,9 +73,14 @@ class Run:
         """Lay the folder out. Raises RecipeError when it already holds a run.
 
         From its first file on the run can be resumed: the provenance holds the recipe too. Its `number` is larger than
-        that of any run beside it, so that the newest is known whatever the clock says.
+        that of any run beside it, so that the newest is known whatever the clock says. The files of own methods are
+        copied, and the recipe that is kept names the copies.
         """
         self.check_free()
+        for label, name in recipe.own_methods().items():
+            source = own.file_of(name).read_bytes()
+            write_atomic(self.path / f"{label}.py", lambda temporary, source=source: temporary.write_bytes(source))
+        recipe = recipe.to_keep()
         number = 1 + max((_number(path) for path in self.path.parent.glob("*/provenance.json")), default=0)
         facts = {**provenance, "number": number, "recipe_toml": recipe.toml()}
         write_text(self.path / "provenance.json", json.dumps(facts, indent=1))
@@ -85,6 +91,17 @@ class Run:
         sweep(self.path)
         if self.begun and not (self.path / "recipe.toml").is_file():
             write_text(self.path / "recipe.toml", self.recipe.toml())
+
+    def check_methods(self) -> None:
+        """Raise RecipeError when the file of an own method is another than the run began with, here or where it lay."""
+        for label, facts in self.provenance.get("own_methods", {}).items():
+            kept = self.path / f"{label}.py"
+            for path in (kept, Path(facts["file"])):
+                if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+                    cure = "Put the old one back" + (f" ({kept} is a copy)" if path != kept else "")
+                    raise RecipeError(
+                        f"{path} is not the file that {self.path} began with", hint=f"{cure}, or start a new run."
+                    )
 
     def check_free(self) -> None:
         """Raise RecipeError when the folder already holds a run."""
@@ -248,6 +265,12 @@ def provenance(kind: str, recipe: Recipe, **facts: Any) -> dict[str, Any]:
     packages = ("torch", "torchvision", "timm", "numpy", "onnxruntime")
     versions = {"kdcli": _version("kdcli"), "python": platform.python_version()}
     versions |= {package: _version(package) for package in packages}
+    files = {
+        label: {"file": str(own.file_of(name)), "sha256": own.digest(name)}
+        for label, name in recipe.own_methods().items()
+    }
+    if files:
+        facts = {"own_methods": files, **facts}
     return {
         "kind": kind,
         "started": datetime.now(UTC).isoformat(),

@@ -53,6 +53,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixed micro-batches": ("kd", {"train.mixup": 0.2, "train.accumulate": 2}),
     "a held-out slice": ("nokd", {"data.holdout": 0.1, "train.drop_last": True}),
     "a method with everything": ("odd", {}),
+    "maps of the whole batch": ("vid", {"train.batch_size": 9}),
+    "a memory of samples": ("crd", {"train.batch_size": 9, "train.lr": 0.005}),
     "batch norm": ("classroom", {"classroom.student": "cifar_resnet10_xxs"}),
     "batch norm at rest": ("nokd", {"classroom.student": "cifar_resnet10_xxs", "train.lr": 0.0}),
 }

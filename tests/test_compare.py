@@ -70,6 +70,17 @@ def test_every_learner_ends_as_in_its_own_run(tmp_path: Path, monkeypatch: pytes
     assert not any(kit.same(a, b) for n, a in enumerate(states) for b in states[:n])
 
 
+def test_neighbours_who_ask_for_more_change_nothing(tmp_path: Path) -> None:
+    """Maps, pooled vectors, strong views and students of their own are asked for by some learners of a session only."""
+    config = kit.recipe("kd")
+    session = compared(config, tmp_path / "all", ["kd", "vid", "pkt", "mlkd", "dml"], [2])
+    assert session.mentors.deeper is not None
+    for learner in session.learners:
+        method, _, seed = learner.name.partition("-")
+        own = alone(config, method, int(seed), tmp_path / learner.name)
+        assert kit.same(kit.student(own), kit.student(Run(tmp_path / "all" / learner.name))), learner.name
+
+
 def test_options_of_other_methods_are_the_baselines_alone(tmp_path: Path) -> None:
     config = kit.recipe("classroom", **{"method.tau": 4.0, "baselines": {"aver": {"tau": 1.0}}})
     made = compare.learners(config, ["aver", "kd", "classroom", "aver"], [5])
@@ -79,6 +90,20 @@ def test_options_of_other_methods_are_the_baselines_alone(tmp_path: Path) -> Non
     assert made["classroom-5"].method.options == {"tau": 4.0}
     assert {one.train.seed for one in made.values()} == {5}
     assert {one.data.seed for one in made.values()} == {0}
+
+
+def test_one_method_is_compared_in_several_forms(tmp_path: Path) -> None:
+    forms = {"kd": {"tau": 1.0}, "kd-hot": {"name": "kd", "tau": 9.0}}
+    expect = Expect(top1={"nokd": 60.0, "kd": 61.0, "kd-hot": 62.0})
+    config = kit.recipe("classroom", baselines=forms, **{"train.epochs": 1}).model_copy(update={"expect": expect})
+    session = compared(config, tmp_path / "all", ["kd", "kd-hot"], [3])
+    told = {why for name, why, _ in session.learners[0].classroom.notes if name == "method kd"}
+    assert len(told) == 2  # both forms' options are shown
+    found = compare.summarise(session.run)
+    assert [(one.method, one.published) for one in found.lines] == [("nokd", 60.0), ("kd", 61.0), ("kd-hot", 62.0)]
+    hot = alone(config, "kd-hot", 3, tmp_path / "hot")
+    assert kit.same(kit.student(hot), kit.student(Run(tmp_path / "all" / "kd-hot-3")))
+    assert not kit.same(kit.student(hot), kit.student(Run(tmp_path / "all" / "kd-3")))
 
 
 def test_a_batch_is_drawn_once_and_each_mentor_answers_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,48 @@ def test_another_method_takes_the_options_its_baseline_gives(write):
     assert read.with_method("nokd").train == read.train
 
 
+def test_a_label_runs_the_method_it_names_with_the_figure_published_for_that_form(write):
+    text = """
+    [method]
+    name = "aver"
+    tau = 2.0
+    form = "mean"
+    [baselines]
+    aver-sum = { name = "aver", form = "sum" }
+    kd-hot = { name = "kd", tau = 9.0 }
+    kd-bare = { name = "kd" }
+    [expect]
+    top1 = { aver = 60.0, aver-sum = 61.0, kd = 62.0, kd-hot = 63.0 }
+    top5 = { kd = 90.0, kd-hot = 91.0 }
+    """
+    read = recipe.load(write("a.toml", text))
+    own, hot, bare = (read.with_method(name) for name in ("aver-sum", "kd-hot", "kd-bare"))
+    assert (own.method.name, own.method.options) == (
+        "aver",
+        {"tau": 2.0, "form": "sum"},
+    )  # its own method keeps the rest
+    assert (hot.method.name, hot.method.options) == ("kd", {"tau": 9.0})
+    assert own.hash() == recipe.load(str(write("a.toml", text)), {"method.form": "sum"}).hash()
+    assert own.expect is not None
+    assert hot.expect is not None
+    assert bare.expect is not None
+    assert own.expect.top1 == {"aver": 61.0, "kd": 62.0, "kd-hot": 63.0}
+    assert hot.expect.top1 == {"aver": 60.0, "aver-sum": 61.0, "kd": 63.0}
+    assert (hot.expect.top5, bare.expect.top5) == ({"kd": 91.0}, {"kd-hot": 91.0})
+    assert "kd" not in bare.expect.top1  # 62.0 was measured of plain kd, not of this form
+    assert read.expect is not None
+    assert read.expect.top1["kd"] == 62.0  # the recipe itself is unchanged
+
+
+def test_a_label_of_an_own_method_finds_its_file_beside_the_recipe_and_beside_the_run(write):
+    mine = write("mine.py", "")
+    read = recipe.load(write("a.toml", '[baselines]\nhot = { name = "mine.py:Mine", tau = 2.0 }'))
+    assert read.baselines == {"hot": {"name": f"{Path(mine).resolve()}:Mine", "tau": 2.0}}
+    assert read.own_methods() == {"Mine": f"{Path(mine).resolve()}:Mine"}
+    assert read.to_keep().baselines == {"hot": {"name": "Mine.py:Mine", "tau": 2.0}}
+    assert read.with_method("hot").method.options == {"tau": 2.0}
+
+
 # --- --set
 
 

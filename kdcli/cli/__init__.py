@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kdcli import __version__
+from kdcli import __version__, own
 from kdcli.errors import KdcliError
 
 # Newer typer brings its own copy of click, older ones the real one: what typer raises is found through typer itself.
@@ -132,6 +132,10 @@ def _complain(error: BaseException) -> int:
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return _say("out of memory", "A smaller --set train.batch_size, or fewer mentors.", 3)
+    if own.blame(error):
+        return _say(
+            own.words(error), "--debug shows the traceback; `kdcli check --method FILE.py:CLASS` tries a method.", 2
+        )
     return _say(f"{type(error).__name__}: {text}", "kdcli did not foresee this; --debug shows where it arose.", 1)
 
 

@@ -1,6 +1,6 @@
-"""kdcli check: a classroom looked over before anything is trained."""
+"""kdcli check: a classroom looked over before anything is trained; a method put to the contract."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -8,7 +8,7 @@ from kdcli.cli import options as o
 
 EXAMPLES = (
     "kdcli check --recipe cifar100/r110-r20",
-    "kdcli check --teacher resnet34 --student resnet18 --data folder:pictures",
+    "kdcli check --method my_file.py:Mine",
 )
 
 
@@ -28,20 +28,55 @@ def check(
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:
-    """Resolve a recipe without training: names, sizes, weights, each mentor's score, a dry step, the cost."""
+    """Resolve a recipe without training: names, sizes, weights, each mentor's score, a dry step, the cost.
+
+    With --method and no classroom: put the method to the contract that all methods keep, on toys (a method of your own
+    is put to it in any case).
+    """
     from dataclasses import asdict
 
-    from kdcli import check as room, device as devices
+    from kdcli import check as room, device as devices, own, recipe as recipes
     from kdcli.cli import show
 
+    given = recipes.parse_set(sets or [])
+    named = given.get("method.name", method)
+    if named and not any((data, student, teacher, peers, recipe)) and all(key.startswith("method.") for key in given):
+        own_options = {key.removeprefix("method."): value for key, value in given.items() if key != "method.name"}
+        found = _contract(own.resolve(named), own_options, device, json)
+        if json:
+            show.as_json(found)
+        _judge(own.label(named), found["checks"])
+        if not json:
+            flag = o.typed("kdcli distill", sets, False, method=method)
+            show.next_line(f"{flag} --teacher NAME --student NAME --data NAME")
+        return
     config, notes = o.assemble(
         recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
         epochs=epochs, seed=seed, skip_corrupt=skip_corrupt, sets=sets,
     )  # fmt: skip
     found = room.look(config, devices.pick(device), images)
+    facts = {**asdict(found), "notes": [*notes, *found.notes]}
+    if not json:
+        _show_room(found, notes, config.train.epochs)
+    verdicts = []
+    if own.named(config.method.name):
+        facts["contract"] = _contract(config.method.name, config.method.options, device, json)
+        verdicts = facts["contract"]["checks"]
     if json:
-        show.as_json({**asdict(found), "notes": [*notes, *found.notes]})
+        show.as_json(facts)
+    _judge(config.method.label, verdicts)
+    if json:
         return
+    again = o.typed(
+        "kdcli distill", sets, skip_corrupt, recipe=recipe, teacher=teacher, peers=peers, student=student, data=data,
+        method=method, epochs=epochs, seed=seed, data_root=data_root, device=device,
+    )  # fmt: skip
+    show.next_line(again)
+
+
+def _show_room(found, notes, epochs) -> None:
+    from kdcli.cli import show
+
     show.notes([*notes, *found.notes])
     columns = ["role", "name", "parameters", "multiply-adds", "input", "top-1 %"]
     rows = [
@@ -55,11 +90,33 @@ def check(
         show.line("", f"taps of {name}: {listed}")
     for line in found.words:
         show.line("", line)
-    show.line("", f"{config.train.epochs} epochs: about {show.duration(found.seconds)}")
+    show.line("", f"{epochs} epochs: about {show.duration(found.seconds)}")
     for line in found.warnings:
         show.line("warning:", line, style="yellow")
-    again = o.typed(
-        "kdcli distill", sets, skip_corrupt, recipe=recipe, teacher=teacher, peers=peers, student=student, data=data,
-        method=method, epochs=epochs, seed=seed, data_root=data_root, device=device,
-    )  # fmt: skip
-    show.next_line(again)
+
+
+def _contract(name: str, options: dict[str, Any], device: str | None, quiet: bool) -> dict[str, Any]:
+    """Put a method to every check and show the table; the verdicts as data."""
+    from dataclasses import asdict
+
+    from kdcli import contract, device as devices, own
+    from kdcli.cli import show
+
+    verdicts = list(contract.examine(name, options, devices.pick(device)))
+    label = own.label(name)
+    if not quiet:
+        rows = [[one.check, one.result, one.reason] for one in verdicts]
+        show.table(["check", "result", "why"], rows, title=f"the contract of methods: {label}", left=3)
+    return {"method": label, "options": options, "checks": [asdict(one) for one in verdicts]}
+
+
+def _judge(label: str, verdicts: list[dict[str, Any]]) -> None:
+    """Raise RecipeError (exit 2) when a check failed."""
+    from kdcli.errors import RecipeError
+
+    failed = [one["check"] for one in verdicts if one["result"] == "failed"]
+    if failed:
+        raise RecipeError(
+            f"method {label} fails {len(failed)} of {len(verdicts)} checks: {', '.join(failed)}",
+            hint="The table says why; kdcli/contract.py is what they do.",
+        )

@@ -48,7 +48,7 @@ def compare(
         set=sets, out=out, independent=independent, methods=methods, seeds=seeds, run=run, data_root=data_root,
         skip_corrupt=skip_corrupt, bank=bank,
     )  # fmt: skip
-    from kdcli import distill as room
+    from kdcli import distill as room, own
     from kdcli.cli import show
     from kdcli.cli.distill import to_resume
     from kdcli.errors import RecipeError
@@ -66,7 +66,8 @@ def compare(
             base, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
             epochs=epochs, skip_corrupt=skip_corrupt, bank=bank, sets=sets,
         )  # fmt: skip
-        names = [name.strip() for name in ("aver,classroom" if methods is None else methods).split(",") if name.strip()]
+        asked = ("aver,classroom" if methods is None else methods).split(",")
+        names = [own.resolve(name.strip()) for name in asked if name.strip()]
         if not names:
             raise RecipeError("--methods: no method is named", hint="For example --methods aver,classroom")
         if why != "as asked":
@@ -100,53 +101,47 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
     """Run a comparison; returns it and its folder."""
     from kdcli import compare as room, dist, distill, methods as known, quickstart
     from kdcli.cli import show
+    from kdcli.cli.distill import teller
 
     for name in names:
-        known.find(name)
+        known.find(config.with_method(name).method.name)
     folder = distill.run_folder(out, config, "compare")
     quickstart.prepare_mentors(config, device, lambda e, s: show.follow(e, s, quiet=quiet))
+    room.check(config, names, seeds, device)
     if independent:
         with folder.writing():
-            return room.independent(config, names, seeds, device, folder, _teller(notes, quiet)), folder
-    _, classroom = distill.open_room(config, device)
+            return room.independent(config, names, seeds, device, folder, teller(notes, quiet)), folder
+    classroom = room.open_room(config, device)
     session = room.open_session(config, names, seeds, classroom, folder)
     if not quiet:
         show.notes([*notes, *classroom.notes])
     with folder.writing():
         room.start(session, classroom, config, names, seeds)
         show.follow(room.go(session), f"{len(session.learners)} students", quiet=quiet)
+        room.staged(config, names, seeds, device, folder, teller([], quiet))
     return dist.first(lambda: room.summarise(folder)), folder
-
-
-def _teller(notes, quiet):
-    """Shows what was chosen for each seed's classroom, then follows its training."""
-    from kdcli.cli import show
-
-    def follow(classroom, events, label):
-        if not quiet:
-            show.notes([*notes, *classroom.notes])
-        show.follow(events, label, quiet=quiet)
-
-    return follow
 
 
 def resumed(folder, device, *, quiet=False):
     """Continue a compare where it stopped."""
     from kdcli import compare as room, dist, distill
     from kdcli.cli import show
+    from kdcli.cli.distill import teller
 
     if dist.first(lambda: folder.finished):
         return dist.first(lambda: room.summarise(folder)), folder
     with folder.writing():
         config, facts = folder.recipe, folder.provenance
+        names, seeds = room.again(folder), facts["train_seeds"]
         if facts["independent"]:
-            told = _teller([], quiet)
-            room.independent(config, facts["methods"], facts["train_seeds"], device, folder, told, resume=True)
+            room.independent(config, names, seeds, device, folder, teller([], quiet), resume=True)
         else:
-            _, classroom = distill.open_room(config, device)
-            distill.same_room(folder, classroom)
-            session = room.open_session(config, facts["methods"], facts["train_seeds"], classroom, folder)
-            show.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
+            if not dist.first(lambda: room.through(folder, config, names, seeds)):
+                classroom = room.open_room(config, device)
+                distill.same_room(folder, classroom)
+                session = room.open_session(config, names, seeds, classroom, folder)
+                show.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
+            room.staged(config, names, seeds, device, folder, teller([], quiet))
     return dist.first(lambda: room.summarise(folder)), folder
 
 

@@ -45,7 +45,7 @@ def distill(
             recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
             epochs=epochs, seed=seed, skip_corrupt=skip_corrupt, bank=bank, sets=sets,
         )  # fmt: skip
-        run = room.run_folder(out, config, config.method.name)
+        run = room.run_folder(out, config, config.method.label)
     outcome = train_one(config, run, picked, "distill", notes=notes, resume=bool(resume), quiet=json)
     if json:
         show.as_json(outcome)
@@ -59,13 +59,14 @@ def to_resume(name, kind, *, finished_too=False):
     from kdcli.errors import RecipeError
 
     run = runs.find(name, learner=False)
-    whole = runs.Run(run.path.parent)
-    if whole.begun and whole.kind == "compare":
-        raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli compare --resume {whole.path}")
+    for whole in map(runs.Run, reversed([*run.path.parents][:3])):
+        if whole.begun and (whole.kind == "compare" or "stages" in whole.provenance):
+            raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli {whole.kind} --resume {whole.path}")
     if run.kind != kind:
         raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
     if run.finished and not finished_too and not dist.attempt():  # a rank may have died after the end
         raise RecipeError(f"{run.path} is finished", hint=f"`kdcli runs show {run.path}` prints it.")
+    run.check_methods()
     return run
 
 
@@ -73,14 +74,21 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
     """Train one recipe into `run` and print its outcome; shared by distill and train."""
     import contextlib
 
-    from kdcli import dist, distill as room, methods
+    from kdcli import distill as room, methods, stages
     from kdcli.cli import show
 
+    label = config.method.label
     with contextlib.ExitStack() as stack:
         if resume:
             stack.enter_context(run.writing())
-        data, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
-        session = room.open_session({config.method.name: config}, classroom, run, {config.method.name: run}, keep)
+        if (whole := stages.plan(config)).stages:
+            rehearsed = None if resume else stages.check(whole, room.data_of(config, device), device)
+            if not resume:
+                stack.enter_context(run.writing())
+            stages.learn(config, run, device, teller(notes, quiet), rehearsed=rehearsed)
+            return told(config, run, quiet)
+        _, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
+        session = room.open_session({label: config}, classroom, run, {label: run}, keep)
         if not quiet:
             show.notes([*notes, *classroom.notes])
         if resume:
@@ -88,11 +96,35 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
         else:  # only now, so that what cannot be trained leaves no folder
             stack.enter_context(run.writing())
             room.start(session, kind, classroom)
-        label = config.classroom.student.partition("@")[0] if kind == "train" else config.method.name
-        show.follow(room.go(session, resume=resume), label, quiet=quiet)
-    result = dist.first(lambda: room.result(config.method.name, run))
+        said = config.classroom.student.partition("@")[0] if kind == "train" else label
+        show.follow(room.go(session, resume=resume), said, quiet=quiet)
+    return told(config, run, quiet)
+
+
+def teller(notes, quiet):
+    """Shows what was chosen for each classroom of several, then follows its training."""
+    from kdcli.cli import show
+
+    def follow(classroom, events, label):
+        if not quiet:
+            show.notes([*notes, *classroom.notes])
+            show.line("now", label)
+        show.follow(events, label, quiet=quiet)
+
+    return follow
+
+
+def told(config, run, quiet):
+    """Print a finished run's outcome, and return it as data."""
+    from kdcli import dist, distill as room
+    from kdcli.cli import show
+
+    label = config.method.label
+    result = dist.first(lambda: room.result(label, run))
+    facts = dist.first(lambda: run.provenance)
+    stages = facts.get("stages", {})
     if not quiet:
-        published = config.expect.top1.get(config.method.name) if config.expect else None
+        published = config.expect.top1.get(label) if config.expect else None
         rows = [["top-1 %", f"{result.top1:.2f}"], ["of epoch", result.epoch]]
         rows += [["last epoch %", f"{result.last:.2f}"], [f"best epoch % ({result.best_epoch})", f"{result.best:.2f}"]]
         if config.expect and published is not None:
@@ -100,9 +132,10 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
             within = abs(measured - published) <= config.expect.tolerance
             rows.append([f"published ({config.expect.epoch} epoch) %", f"{published:.2f}"])
             rows.append(["", "reproduced" if within else f"off by {measured - published:+.2f}"])
-        show.table(["", f"{data.name} test"], rows)
+        rows += [[f"stage {name} %", f"{one['top1']:.2f}"] for name, one in stages.items()]
+        show.table(["", f"{facts['data']['name']} test"], rows)
         show.line("run", run.path)
     return {
         "run": str(run.path), "top1": result.top1, "epoch": result.epoch, "last": result.last, "best": result.best,
-        "best_epoch": result.best_epoch,
+        "best_epoch": result.best_epoch, **({"stages": stages} if stages else {}),
     }  # fmt: skip

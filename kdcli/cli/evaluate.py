@@ -42,9 +42,10 @@ def evaluate(
     if mentors:
         if what.run is None:
             raise RecipeError("--mentors needs a run, whose recipe names them", hint="kdcli evaluate RUN --mentors")
+        from kdcli import stages
         from kdcli.classroom import seat
 
-        teachers = {m.name: m for m in seat(what.run.recipe, what.data, picked).mentors}
+        teachers = {m.name: m for m in seat(stages.recipe_of(what.run), what.data, picked).mentors}
     result = room.report(what.model, part, what.data.classes, picked, teachers)
     if json:
         show.as_json({"model": what.name, "data": what.data.name, "split": split, **asdict(result)})

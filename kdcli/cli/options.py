@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import recipe as recipes
+from kdcli import own, recipe as recipes
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.recipe import Recipe
 
@@ -23,7 +23,10 @@ Root = Annotated[str | None, typer.Option(help="Where data sets lie (default: KD
 Student = Annotated[str | None, typer.Option(help="The network that learns and ships.", metavar="NAME")]
 Teacher = Annotated[str | None, typer.Option(help="The largest mentor.", metavar="NAME[@WEIGHTS]")]
 Peers = Annotated[str | None, typer.Option(help="Further mentors, separated by commas.", metavar="A,B,C")]
-Method = Annotated[str | None, typer.Option(help="classroom (default), aver, kd or nokd.", metavar="NAME")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="classroom (default), kd, dkd, ...; a class of your own is my_file.py:Mine.", metavar="NAME"),
+]
 Epochs = Annotated[int | None, typer.Option(help="Length of the training.", min=1)]
 Seed = Annotated[int | None, typer.Option(help="Initial weights and noise (train.seed).", min=0)]
 Seeds = Annotated[str | None, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.", metavar="N|A,B")]
@@ -88,7 +91,7 @@ def assemble(
             notes.append(("training", f"recipe {name}", "no --recipe was given"))
         start = recipes.load(name)
     if method:
-        start = start.with_method(method)
+        start = start.with_method(own.resolve(method))
     return start.with_(**{**over, **given}), notes
 
 

@@ -19,7 +19,7 @@ def ls(json: o.Json = False) -> None:
     for run in runs.every():
         facts, recipe = run.provenance, run.recipe
         found.append({
-            "run": run.name, "kind": run.kind, "student": recipe.classroom.student, "method": recipe.method.name,
+            "run": run.name, "kind": run.kind, "student": recipe.classroom.student, "method": recipe.method.label,
             "data": recipe.data.name, "top1": facts.get("top1"), "finished": run.finished, "size": run.size(),
             "started": facts.get("started"),
         })  # fmt: skip
@@ -56,6 +56,9 @@ def show_run(run: o.RunName = None, json: o.Json = False) -> None:
     lines = [[key, f"{fact:.2f}" if isinstance(fact, float) else fact] for key, fact in known.items()]
     lines += [["data", f"{facts['data']['name']} ({facts['data']['hash'][:12]})"]]
     lines += [[f"mentor {name}", f"{m['architecture']} ({m['sha256'][:12]})"] for name, m in facts["mentors"].items()]
+    for name in facts.get("stages", {}):
+        stage = runs.Run(found.path / "stages" / name)
+        lines += [[f"stage {name}", f"{stage.provenance['top1']:.2f}" if stage.done else "not finished"]]
     lines += [["state", "done" if found.finished else f"stopped after {len(rows)} epochs"]]
     show.table([found.name, ""], lines, left=2)
     if found.kind == "compare":

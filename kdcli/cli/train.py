@@ -57,7 +57,7 @@ def train(
             recipe, data=data, root=data_root, student=model, method="nokd", epochs=epochs, seed=seed,
             skip_corrupt=skip_corrupt, sets=sets,
         )  # fmt: skip
-        config = config.with_(**{"classroom.teacher": None, "classroom.peers": []})
+        config = config.with_(**{"classroom.teacher": None, "classroom.peers": [], "stage": []})
         if str(started.classroom.student).partition("@")[0] != model.partition("@")[0]:
             config = config.with_(expect=None)  # the recipe's published figures are another network's
         run = room.run_folder(out, config, "train")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdcli.capture import Captured
 from kdcli.data.views import PLAIN, Views
+from kdcli.errors import RecipeError
 
 if TYPE_CHECKING:
     from kdcli.shares import Whole
@@ -25,9 +26,9 @@ class Batch:
 
     pixels [B,3,S,S] float32 in [0,1] (float data: as stored), not normalised; target [B] int64, or [B,K] float after
     mixup; index [B] int64 each sample's number in its full set; view [B] int64 the name of its augmented reading, -1
-    when plain; host index and view on the CPU, where they are at hand, to be read without waiting for a device.
-    With several ranks: this rank's share of a `whole` batch. strong: a second, strongly augmented reading of the same
-    samples, for methods that need two views.
+    when plain; host index and view on the CPU, where they are at hand, to be read without waiting for a device;
+    strong [B,3,S,S] each sample's strong view, for methods that need two.
+    With several ranks: this rank's share of a `whole` batch.
     """
 
     pixels: Tensor
@@ -48,7 +49,7 @@ class Batch:
 
     def to(self, device: Device) -> "Batch":
         here = {name: moved(getattr(self, name), device) for name in ("pixels", "target", "index", "view")}
-        return replace(self, **here)
+        return replace(self, **here, strong=None if self.strong is None else moved(self.strong, device))
 
     def on_host(self) -> tuple[Tensor, Tensor]:
         """Index and view on the CPU; waits for the device only where nobody kept them."""
@@ -62,6 +63,10 @@ class Store(Protocol):
 
     def batches(self, index: Tensor, view: Tensor, size: int, device: Device) -> Iterator[Tensor]:
         """The views asked for, `size` at a time, as float pixels [<=size,3,S,S] on `device`."""
+        ...
+
+    def strong(self) -> "Store":
+        """The same images, to be asked for by the names of strong views (`Views.named_strong`)."""
         ...
 
 
@@ -83,6 +88,15 @@ class Pixels:
         index, view = index.to(here), view.to(here)  # once an epoch: no transfer in a step
         for rows, names in zip(index.split(size), view.split(size), strict=True):
             yield as_float(moved(self.draw(rows, names), device))
+
+    def strong(self) -> "Pixels":
+        """As in `Store`, drawn on the host. Raises RecipeError for images that are not 8-bit."""
+        if self.pixels.dtype != torch.uint8:
+            raise RecipeError(
+                "strong views are drawn by RandAugment, which needs 8-bit images; these are floating-point ones",
+                hint="Choose a method that needs no second view (kd, dkd), or store the images as uint8.",
+            )
+        return Pixels(self.pixels.cpu(), self.views.strong())
 
     def _draw(self, rows: Tensor, names: Tensor) -> Tensor:
         return self.views.apply(self.pixels.index_select(0, rows), names)

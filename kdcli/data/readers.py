@@ -46,7 +46,8 @@ class Readers:
     """
 
     def __init__(self, parts: tuple[Part, ...], views: Views, kind: Kind, workers: int) -> None:
-        self.views, self.kind, self.workers = views, kind, workers
+        self.views, self.workers = views, workers
+        self.kind: Kind = kind
         self.decoder = Decoder(parts, views)
         self.processes: list[Worker] = []
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -87,8 +88,8 @@ class Readers:
             raise corrupt(wrong)
         pixels, view = torch.cat([torch.from_numpy(piece) for piece, _ in answers]), request.view
         if self.views.preset.on_host:
-            if not self.views.preset.resized and not (request.asked and self.kind == "processes"):
-                pixels = self.views.apply(pixels, view)
+            if not (request.asked and self.kind == "processes"):
+                pixels = self.views.finish(pixels, view)
             return as_float(moved(pixels, device))
         return as_float(self.views.apply(moved(pixels, device), moved(view, device)))
 
@@ -158,6 +159,11 @@ class Files:
     def batches(self, index: Tensor, view: Tensor, size: int, device: Device) -> Iterator[Tensor]:
         return self.readers.batches(self.part, index, view, size, device)
 
+    def strong(self) -> "Files":
+        """The same images as strong views, decoded once more by readers of their own."""
+        parts, views = self.readers.decoder.parts, self.views.strong()
+        return Files(Readers(parts, views, self.readers.kind, self.readers.workers), self.part)
+
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
@@ -199,8 +205,8 @@ def _serve(decoder: Decoder, pipe: Connection) -> None:
         while True:
             part, rows, views = pipe.recv()
             pixels, errors = decoder(part, rows, views)
-            if decoder.views.preset.auto:  # in threads it would draw from the generator that the training draws from
-                pixels = decoder.views.apply(torch.from_numpy(pixels), torch.tensor(views)).numpy()
+            if decoder.views.preset.on_host:  # in threads it would draw from the generator that the training draws from
+                pixels = decoder.views.finish(torch.from_numpy(pixels), torch.tensor(views)).numpy()
             pipe.send(errors)
             pipe.send_bytes(pixels.reshape(-1).data)
 

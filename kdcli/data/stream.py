@@ -1,5 +1,6 @@
 """The stream of training batches: the same for whoever asks with the same seed, from any batch on."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kdcli import shares
 from kdcli.data.base import Batch, DataSet, Device
-from kdcli.data.views import number
+from kdcli.data.views import Views, number
 from kdcli.errors import RecipeError
 
 ORDER, MIX = 1, 2  # what a hash of (seed, epoch) is for
@@ -24,6 +25,9 @@ class Stream:
     batch), targets are [B,K] with `label_smoothing` folded in, and an odd last batch is dropped, since images are mixed
     in pairs; without, targets are int64 and smoothing is the loss's business. Raises RecipeError when a batch would be
     larger than the training set. Each of several ranks draws its own rows of the same batches.
+
+    `strong` adds to every sample the strong view that its view names (`Views.strong`); refused beside mixing, which
+    would mix two views of different images, and where they cannot be drawn.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Stream:
         mixup: float = 0.0,
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
+        strong: bool = False,
     ) -> None:
         n = len(data.train)
         if batch_size > n:
@@ -47,6 +52,12 @@ class Stream:
         self.data, self.batch_size, self.seed, self.device = data, batch_size, seed, device
         self.mixing = bool(mixup or cutmix)
         self._mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=len(data.classes))
+        if strong and self.mixing:
+            raise RecipeError(
+                "the method reads a second, strong view of every image, and mixup and cutmix mix only the first",
+                hint="--set train.mixup=0 --set train.cutmix=0, or a method of one view (kd, dkd).",
+            )
+        self._strong = data.train.store.strong() if strong else None
         full, rest = divmod(n, batch_size)
         self._batches = full + bool(rest and not drop_last and not (self.mixing and rest % 2))
         if self.mixing and batch_size % 2:
@@ -76,10 +87,14 @@ class Stream:
         names = zip(*(x.to(self.device).split(size) for x in (train.targets[rows], index, view)), strict=True)
         mine, few = shares.own_rows(len(rows), size, self.mixing)
         pixels = train.store.batches(index[mine], view[mine], few, self.device)
+        seconds: Iterator[Tensor | None] = itertools.repeat(None)
+        if self._strong is not None:
+            again = Views.named_strong(index, view)[mine]
+            seconds = self._strong.batches(index[mine], again, few, self.device)
         for n, (x, (target, index, view), here) in enumerate(zip(pixels, names, host, strict=True), start):
             if self.mixing:
                 x, target = self._mix(x, target, number(self.seed, epoch, MIX, n))
-            yield shares.divide(Batch(x, target, index, view, here), self.mixing)
+            yield shares.divide(Batch(x, target, index, view, here, strong=next(seconds)), self.mixing)
 
     def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:
         """The pixels an epoch yielded under these names, to the bit (before mixing, which has no name)."""

@@ -5,7 +5,7 @@ and a worker process draw the same bits, in any order, without a generator to sa
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ PLAIN = -1
 GREY = 128  # what DiSK fills with
 TRIES = 10  # at a crop that fits, before the largest centred one is taken
 DRAWS = 4 * TRIES + 1  # numbers that a resized crop is made of
+STRONG = 3  # what a hash of (sample, view) is for: the name of the strong view beside it
 
 
 def _signed(x: int) -> int:
@@ -78,13 +79,14 @@ class Preset:
     crop: bool = False  # pad by size/8, crop back
     flip: bool = False  # half of the views mirrored
     auto: bool = False  # AutoAugment's CIFAR-10 policy
+    rand: bool = False  # RandAugment, two operations of magnitude 10: what makes a view strong
     cutout: bool = False  # one square of half the size set to 0
     fill: int = 0  # what the crop pads with, 0..255
 
     @property
     def on_host(self) -> bool:
         """Draws image by image, by numbers that the host reads: on a GPU it would wait for them at every batch."""
-        return self.resized or self.auto
+        return self.resized or self.auto or self.rand
 
 
 PRESETS: dict[str, Preset] = {
@@ -114,14 +116,18 @@ class Views:
     `limit` each image keeps to that many hashes of its own, the same ones for every seed. `slots` is how many views an
     image has either way, None when they cannot be counted: `view % slots` tells an image's views apart.
 
+    `strong`: the preset's strong views, with RandAugment (arXiv 1909.13719) and no AutoAugment; they are not counted.
+
     Raises RecipeError for a `limit` that leaves out nothing.
     """
 
-    def __init__(self, augment: str, size: int, limit: int | None = None) -> None:
+    def __init__(self, augment: str, size: int, limit: int | None = None, *, strong: bool = False) -> None:
         self.augment, self.size, self.preset = augment, size, preset(augment)
+        if strong:
+            self.preset = replace(self.preset, auto=False, rand=True)
         self.pad = size // 8 if self.preset.crop else 0
         self.places = 2 * self.pad + 1
-        finite = not (self.preset.resized or self.preset.auto or self.preset.cutout)
+        finite = not (self.preset.on_host or self.preset.cutout)
         every = self.places**2 * (1 + self.preset.flip) if finite else None
         if limit is not None and every is not None and limit >= every:
             raise RecipeError(
@@ -129,7 +135,15 @@ class Views:
                 hint="Leave data.views out, or choose a smaller number.",
             )
         self.count, self.slots = (every, every) if limit is None else (None, limit)
-        self._policy = v2.AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[GREY] * 3) if self.preset.auto else None
+        self._policy = None
+        if self.preset.auto:
+            self._policy = v2.AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[GREY] * 3)
+        elif self.preset.rand:
+            self._policy = v2.RandAugment(2, 10)
+
+    def strong(self) -> "Views":
+        """The strong views of the same preset: cropped and flipped alike, then RandAugment."""
+        return Views(self.augment, self.size, strong=True)
 
     def draw(self, seed: int, epoch: int, index: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
         """Each sample's view in this epoch, from (seed, epoch, sample index) alone."""
@@ -142,12 +156,18 @@ class Views:
             return slot.expand_as(index)
         return hashed(index, slot) % (MAX // self.slots) * self.slots + slot
 
+    @staticmethod
+    def named_strong(index: Int[Tensor, " N"], view: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """The strong view that belongs to each sample's view: a name for `strong()` to draw."""
+        return hashed(index, view, STRONG)
+
     def apply(self, pixels: Tensor, view: Int[Tensor, " B"]) -> Tensor:
         """Views of plain images [B,3,S,S] (uint8, or float as stored), same type; a view of -1 is the image itself."""
         if self.count == 1:
             return pixels
         if self.preset.resized:
-            return torch.stack([resized_crop(*one, self.size) for one in zip(pixels, numbers(view), strict=True)])
+            crops = [resized_crop(*one, self.size) for one in zip(pixels, numbers(view), strict=True)]
+            return self.finish(torch.stack(crops), view)
         plain = view < 0
         dy, dx, flip = (
             x.masked_fill(plain, at) for x, at in zip(self._place(view), (self.pad, self.pad, 0), strict=True)
@@ -158,6 +178,12 @@ class Views:
         if self.preset.cutout:
             out = _cut(out, lot(view, 3, self.size), lot(view, 4, self.size), plain, self.size // 2)
         return out
+
+    def finish(self, pixels: Tensor, view: Int[Tensor, " B"]) -> Tensor:
+        """Views of what a decoder hands over: plain images, or, where the preset crops those itself, its crops."""
+        if not self.preset.resized:
+            return self.apply(pixels, view)
+        return pixels if self._policy is None else self._auto(pixels, view)
 
     def _place(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(dy, dx, flip) of each view: its digits when views are numbered, else drawn from its hash."""

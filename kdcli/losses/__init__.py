@@ -6,6 +6,7 @@ logits up to 1e4: probabilities are only ever touched as log-softmax and log-sum
 """
 
 from kdcli.losses.classroom import (
+    GAP_LIMIT,
     log_batch_mark,
     log_mark,
     performance_gap,
@@ -13,5 +14,26 @@ from kdcli.losses.classroom import (
     rank_by_share,
     soft_loss,
 )
+from kdcli.losses.logits import dist_loss, dkd_loss, nkd_loss, wsld_loss
+from kdcli.losses.multilevel import batch_level_loss, class_level_loss
+from kdcli.losses.temperature import dtkd_loss, dynamic_temperatures, reversal, reversed_gradient
 
-__all__ = ["log_batch_mark", "log_mark", "performance_gap", "rank_by_position", "rank_by_share", "soft_loss"]
+__all__ = [
+    "GAP_LIMIT",
+    "batch_level_loss",
+    "class_level_loss",
+    "dist_loss",
+    "dkd_loss",
+    "dtkd_loss",
+    "dynamic_temperatures",
+    "log_batch_mark",
+    "log_mark",
+    "nkd_loss",
+    "performance_gap",
+    "rank_by_position",
+    "rank_by_share",
+    "reversal",
+    "reversed_gradient",
+    "soft_loss",
+    "wsld_loss",
+]

@@ -16,7 +16,8 @@ class ClassroomKD(Method):
         is method B (Eq. 13-14).
     mark_mean: how a batch's marks become one: `geometric` (Algorithm 1) or `arithmetic` (Eq. 4).
     filter: `rank` lets only mentors above the student teach (Eq. 6), `none` all.
-    mentoring: `adaptive` temperatures (Eq. 8-9) or `fixed` at tau (at 1 in the official variant, as the code has it).
+    mentoring: `adaptive` temperatures (Eq. 8-9), `fixed` at tau (at 1 in the official variant, as the code has it), or
+        `dtkd` (Table 5): every sample's own, DTKD's, for the student and each mentor, around tau (theirs: 4).
     gap: what the difference of ranks is divided by in Eq. 8.
     alpha: weight of the task loss: the student's `rank` (Eq. 10) or its `mark`; left out, what the variant says.
     beta, delta: Eq. 10-11. lambda_: the step between places in Eq. 14.
@@ -32,7 +33,7 @@ class ClassroomKD(Method):
         ranking: Literal["batch", "sample", "position"] = "batch",
         mark_mean: Literal["geometric", "arithmetic"] = "geometric",
         filter: Literal["rank", "none"] = "rank",
-        mentoring: Literal["adaptive", "fixed"] = "adaptive",
+        mentoring: Literal["adaptive", "fixed", "dtkd"] = "adaptive",
         gap: Literal["max", "mentor", "student"] = "max",
         alpha: Literal["rank", "mark"] | None = None,
         lambda_: float = 0.1,
@@ -78,11 +79,15 @@ class ClassroomKD(Method):
                 "rank": r.mean(-1),
                 "mark": log_w.exp().mean(-1),
                 "active": active.float().mean(-1),
-                "temperature": tau.mean(-1),
             }
 
         hard = task.hard(y_s, target)  # [B]
-        soft = task.soft(y_s, y_m, tau)  # Eq. 7: [M, B]
+        if self.mentoring == "dtkd":  # as DTKD has it, the gradient flows through the student's temperature
+            tau_s, tau = losses.dynamic_temperatures(y_s, y_m, tau=self.tau)
+            soft = losses.dtkd_loss(y_s, y_m, tau_s=tau_s, tau_m=tau)  # [M, B]
+        else:
+            soft = task.soft(y_s, y_m, tau)  # Eq. 7: [M, B]
+        lesson.notes["temperature"] = tau.detach().mean(-1)
         terms = {
             "hard": (alpha * hard).mean(),
             "mentors": self.beta * (active * r_m * soft).sum(0).mean(),  # Eq. 10

@@ -47,17 +47,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def room(device: torch.device, mentors: list[str] | None = None, **keys: Any) -> Classroom:
+def room(device: torch.device, mentors: list[str] | None = None, images: int = IMAGES, **keys: Any) -> Classroom:
     """A classroom on noise, norms at random: the arithmetic is CIFAR-100's, and costs the same on any pictures."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
-    split = Split(Pixels(pixels, Views("crop-flip", 32)), torch.arange(IMAGES) % 100)
+    pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
+    split = Split(Pixels(pixels, Views("crop-flip", 32)), torch.arange(images) % 100)
     classes = [str(k) for k in range(100)]
     data = DataSet("noise", classes, None, "noise", MEAN, STD, 32, "crop-flip", split, split, views=162)
     given = {"classroom.student": STUDENT, "data.name": "noise", "train.batch_size": 64, **keys}
     recipe = Recipe().with_(**given)
     members = [_member(f"cifar_{name}", device) for name in (MENTORS if mentors is None else mentors)]
-    return Classroom(recipe, data, members, device, names.resolve(STUDENT))
+    return Classroom(recipe, data, members, device, names.resolve(recipe.classroom.student or STUDENT))
 
 
 def _member(name: str, device: torch.device) -> Member:

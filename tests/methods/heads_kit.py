@@ -6,7 +6,7 @@ from typing import Any, cast
 import timm
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 import kdcli.models  # noqa: F401  the zoo's names
@@ -18,7 +18,7 @@ from kdcli.tasks import Classify
 
 CPU = torch.device("cpu")
 K, SIZE = 10, 32
-SWIN = {
+SWIN: dict[str, Any] = {
     "img_size": SIZE,
     "patch_size": 2,
     "window_size": 4,
@@ -26,23 +26,24 @@ SWIN = {
     "depths": (1, 1, 1),
     "num_heads": (2, 2, 4),
 }
-VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+REGNET = BlockParams([1] * 4, [8, 16, 24, 48], [8] * 4, [1.0] * 4, [2] * 4)
+VIT: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
 
 NETS = {
     "zoo": lambda: timm.create_model("cifar_resnet8", num_classes=K),
-    "zoo8": lambda: timm.create_model("cifar_resnet8x4", num_classes=K),
+    "wide": lambda: timm.create_model("cifar_resnet8", num_classes=K, widths=(16, 24, 40)),
     "wrn": lambda: timm.create_model("cifar_wrn_16_1", num_classes=K),
     "mobile": lambda: timm.create_model("cifar_mobilenetv2", num_classes=K),
-    "timm": lambda: timm.create_model("resnet10t", num_classes=K),
+    "timm": lambda: timm.create_model("resnet10t", num_classes=K, channels=(8, 16, 24, 40), output_stride=8),
     "conv_head": lambda: timm.create_model("mobilenetv3_small_050", num_classes=K),
     "vit": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=K, **VIT),
     "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=K, **SWIN),
-    "torchvision": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=K),
+    "torchvision": lambda: RegNet(REGNET, num_classes=K),
     "torchvision_vit": lambda: VisionTransformer(SIZE, 8, 4, 2, 24, 48, num_classes=K),
 }
 PAIRS = [
-    ("zoo", "zoo8"), ("zoo", "torchvision"), ("torchvision", "wrn"), ("timm", "zoo"), ("mobile", "timm"),
-    ("vit", "zoo8"), ("swin", "torchvision"), ("torchvision_vit", "timm"), ("zoo", "swin"),
+    ("zoo", "wide"), ("zoo", "torchvision"), ("torchvision", "wrn"), ("timm", "zoo"), ("conv_head", "timm"),
+    ("vit", "wide"), ("swin", "torchvision"), ("torchvision_vit", "timm"), ("zoo", "swin"),
 ]  # fmt: skip
 """(student, teacher), three stages against four, convolutions against attention."""
 TOKEN_TEACHERS = [("zoo", "vit"), ("swin", "vit"), ("timm", "torchvision_vit")]
@@ -70,11 +71,12 @@ class Class:
     """A method with a student and a teacher, set up on one lesson, and lessons to give it."""
 
     def __init__(
-        self, method: Method, student: str = "zoo", teacher: str | Member = "zoo8", batch: int = 6, **train: Any
+        self, method: Method, student: str = "zoo", teacher: str | Member = "wide", batch: int = 6, **train: Any
     ) -> None:
-        self.method, self.batch = method, batch
-        self.student = member(student, 1)
-        self.teacher = member(teacher, 2) if isinstance(teacher, str) else teacher
+        self.method: Any = method
+        self.batch = batch
+        self.student: Any = member(student, 1)
+        self.teacher: Any = member(teacher, 2) if isinstance(teacher, str) else teacher
         self.teacher.requires_grad_(False).eval()
         self.task, self.pixels = (
             Classify(K),

@@ -1,5 +1,7 @@
 """SRRL, SimKD, OFA and SHAKE on real networks of every family."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,7 @@ def test_simkd_learns_the_map_alone(student, teacher):
     assert room.loss()["hard"] == 0
 
 
-@pytest.mark.parametrize("teacher", ["zoo8", "wrn", "swin"])
+@pytest.mark.parametrize("teacher", ["wide", "wrn", "swin"])
 def test_a_student_that_matched_the_map_would_answer_as_the_teacher(teacher):
     """The teacher's last map, with the norm that its pooling is given, through the graduate's own end."""
     room = Class(SimKD(), "zoo", teacher)
@@ -78,11 +80,11 @@ def test_a_student_that_matched_the_map_would_answer_as_the_teacher(teacher):
 def test_simkd_by_hand_and_its_options():
     room = Class(SimKD(outer_weight=2, ce_weight=0.5, kd_weight=3, tau=2.0, factor=4.0), "zoo", "torchvision")
     graduate = room.student.net
-    assert graduate.projector[0][0].out_channels == 512 // 4
+    assert graduate.projector[0][0].out_channels == 48 // 4
     lesson = room.lesson()
     terms = room.method.loss(lesson, room.main)
     ours, theirs = lesson.student.stages["stage3"], lesson.teacher.stages["stage4"]
-    assert ours.shape == (6, 512, 1, 1)  # 8x8 pooled to the teacher's one position before the projector
+    assert ours.shape == (6, 48, 1, 1)  # 8x8 pooled to the teacher's one position before the projector
     torch.testing.assert_close(terms["features"], 2 * F.mse_loss(ours, theirs))
     torch.testing.assert_close(terms["hard"], 0.5 * room.task.hard(lesson.student.out, lesson.target).mean())
     wanted = 3 * room.task.soft(lesson.student.out, lesson.teacher.out, 2.0).mean()
@@ -90,7 +92,7 @@ def test_simkd_by_hand_and_its_options():
 
 
 def test_the_larger_teacher_map_is_pooled():
-    room = Class(SimKD(), "torchvision", "zoo8")
+    room = Class(SimKD(), "torchvision", "wide")
     ours, theirs = room.method.two_maps(room.lesson())
     whole = room.lesson().teacher.stages["stage3"]
     torch.testing.assert_close(theirs, whole.mean((2, 3), keepdim=True))
@@ -98,7 +100,8 @@ def test_the_larger_teacher_map_is_pooled():
 
 
 def test_simkd_borrows_only_the_classes_of_the_data():
-    teacher, chosen = member("zoo8", 2), torch.tensor([3, 1, 13, 0, 2, 5, 4, 8, 6, 12])
+    teacher: Any = member("wide", 2)
+    chosen = torch.tensor([3, 1, 13, 0, 2, 5, 4, 8, 6, 12])
     teacher.net.reset_classifier(14)
     teacher.class_index = chosen
     room = Class(SimKD(), "zoo", teacher)
@@ -147,32 +150,29 @@ def test_ofa_learns(student, teacher):
     [("zoo", False), ("torchvision", False), ("swin", True), ("vit", True), ("torchvision_vit", True)],
 )
 def test_ofa_gives_tokens_attention_and_maps_convolutions(student, tokens):
-    room = Class(OFA(), student, "zoo8")
+    room = Class(OFA(), student, "wide")
     for one in room.method.projectors.values():
         assert any(isinstance(layer, nn.TransformerEncoderLayer) for layer in one.modules()) == tokens
-    other = Class(OFA(student="cnn" if tokens else "token"), student, "zoo8")
+    other = Class(OFA(student="cnn" if tokens else "token"), student, "wide")
     assert all(torch.isfinite(x) for x in other.loss().values())
 
 
 def test_ofa_projectors_are_those_of_the_paper():
-    room = Class(OFA(), "torchvision", "zoo8")  # 64, 128, 256, 512 channels; the teacher ends in 256
-    sizes = [
-        [c.out_channels for c in one.modules() if isinstance(c, nn.Conv2d) and c.kernel_size == (1, 1)]
-        for one in room.method.projectors.values()
-    ]
-    assert sizes == [[64, 128, 128, 256, 256, 512], [128, 256, 256, 512], [256, 512], [512]]
+    def widths(room: Class) -> list[list[int]]:
+        return [
+            [c.out_channels for c in one.modules() if isinstance(c, nn.Conv2d) and c.kernel_size == (1, 1)]
+            for one in room.method.projectors.values()
+        ]
+
+    room = Class(OFA(), "torchvision", "wide")  # 8, 16, 24, 48 channels; the teacher ends in 40
+    assert widths(room) == [[8, 16, 16, 32, 32, 48], [16, 32, 32, 48], [24, 48], [48]]
     assert room.method.projectors["stage4"][0].bias is not None
-    assert all(one[-1].weight.shape == (K, 512) for one in room.method.projectors.values())
-    wider = Class(OFA(), "zoo", "torchvision")  # 16, 32, 64; three stages, the teacher ends in 512
-    sizes = [
-        [c.out_channels for c in one.modules() if isinstance(c, nn.Conv2d) and c.kernel_size == (1, 1)]
-        for one in wider.method.projectors.values()
-    ]
-    assert sizes == [[16, 32, 32, 512], [32, 512], [512]]
+    assert all(one[-1].weight.shape == (K, 48) for one in room.method.projectors.values())
+    assert widths(Class(OFA(), "wide", "torchvision")) == [[16, 32, 32, 48], [24, 48], [48]]  # 16, 24, 40, then 48
 
 
 def test_ofa_merges_tokens_to_seven_by_seven():
-    room = Class(OFA(), "swin", "zoo8")  # 16x16, 8x8, 4x4 tokens of 16, 32, 64
+    room = Class(OFA(), "swin", "wide")  # 16x16, 8x8, 4x4 tokens of 16, 32, 64
     first, second, third = room.method.projectors.values()
     assert [type(layer).__name__ for layer in first] == [
         "Merge",
@@ -187,10 +187,10 @@ def test_ofa_merges_tokens_to_seven_by_seven():
 
 
 def test_ofa_sums_the_chosen_stages():
-    room = Class(OFA(gt=2, kd=3, ofa=4, eps=1.5, stages=[1, 3]), "zoo", "zoo8")
+    room = Class(OFA(gt=2, kd=3, ofa=4, eps=1.5, stages=[1, 3]), "zoo", "wide")
     assert list(room.method.projectors) == ["stage1", "stage3"]
     with pytest.raises(RecipeError, match="no stage 4") as caught:
-        Class(OFA(stages=[4]), "zoo", "zoo8")
+        Class(OFA(stages=[4]), "zoo", "wide")
     assert "3: stage3" in caught.value.hint
 
 
@@ -218,7 +218,7 @@ def test_each_of_the_two_learns_from_the_other_detached():
 
 
 def test_shake_reads_the_last_three_maps_and_refuses_where_the_classifier_takes_others():
-    assert Class(SHAKE(), "zoo", "zoo8").method.taps == ["stage1", "stage2", "stage3"]
+    assert Class(SHAKE(), "zoo", "wide").method.taps == ["stage1", "stage2", "stage3"]
     assert Class(SHAKE(), "zoo", "torchvision").method.taps == ["stage2", "stage3", "stage4"]
     with pytest.raises(RecipeError, match="classifier takes 1024 numbers, and no map") as caught:
         Class(SHAKE(), "zoo", "conv_head")
