@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.attention import semckd_loss, similarity, spatial_matching, stage_attention
-from kdcli.methods.adapters import conv_bn_relu, fit, pooled_to
+from kdcli.methods.adapters import conv_bn_relu, fit, last, pooled_to, stages
 from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
 
 Weight = Annotated[float, Field(ge=0)]
@@ -42,7 +42,7 @@ class SMKD(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
-        cin, cout = _last(lesson.student.stages).shape[1], _last(lesson.teacher.stages).shape[1]
+        cin, cout = last(lesson.student).shape[1], last(lesson.teacher).shape[1]
 
         def embedding() -> nn.Module:
             return nn.Sequential(nn.Conv2d(cin, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout))
@@ -51,7 +51,7 @@ class SMKD(Method):
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         out = lesson.student.out.float()
-        ours, theirs = fit(_last(lesson.student.stages), _last(lesson.teacher.stages))
+        ours, theirs = fit(last(lesson.student), last(lesson.teacher))
         matched = spatial_matching(self.query(ours), theirs, self.value(ours), form=self.form)
         terms = {
             "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
@@ -94,7 +94,7 @@ class SemCKD(Method):
                 f"{len(room.data.train)} images",
                 hint=f"--set train.batch_size={len(room.data.train)}",
             )
-        ours, theirs = lesson.student.stages, lesson.teacher.stages
+        ours, theirs = stages(lesson.student), stages(lesson.teacher)
         width = max(self.batch // self.factor, 1)
 
         def embedding() -> nn.Module:
@@ -113,7 +113,7 @@ class SemCKD(Method):
             "teacher": self.kd_weight * lesson.task.soft(out, lesson.teacher.out, self.tau).mean(),
         }
         if len(out) == self.batch:
-            ours, theirs = list(lesson.student.stages.values()), list(lesson.teacher.stages.values())
+            ours, theirs = list(stages(lesson.student).values()), list(stages(lesson.teacher).values())
             attention = stage_attention(
                 torch.stack([_embedded(mlp, x) for mlp, x in zip(self.queries, ours, strict=True)]),
                 torch.stack([_embedded(mlp, x) for mlp, x in zip(self.keys, theirs, strict=True)]),
@@ -125,10 +125,6 @@ class SemCKD(Method):
             ]
             terms["features"] = self.outer_weight * semckd_loss(attention, torch.stack(rows, 1))
         return terms
-
-
-def _last(stages: dict[str, Tensor]) -> Tensor:
-    return list(stages.values())[-1]
 
 
 def _embedded(mlp: nn.Module, x: Tensor) -> Tensor:
