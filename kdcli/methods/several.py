@@ -169,7 +169,7 @@ def _projector(cin: int, cout: int, *, wide: bool) -> nn.Module:
 
 
 def _rest(mentor: Member, map_: Float[Tensor, "B C H W"]) -> Rest:
-    """What the mentor makes of its last map: pooling and classifier, and a norm or a convolution where those come first.
+    """What the mentor makes of its last map: pooling and classifier, and what may come before those.
 
     Raises RecipeError where that is more than its last map.
     """

@@ -16,7 +16,7 @@ from kdcli.classroom import Member
 from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.evaluate import score
 from kdcli.losses.online import mutual_loss, peer_loss
-from kdcli.methods import Lesson, Phase, Room, View
+from kdcli.methods import Lesson, Phase, Room
 from kdcli.methods.online import Cohort
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify

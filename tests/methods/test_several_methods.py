@@ -143,7 +143,7 @@ def test_gradient_reaches_student_and_projectors_and_no_teacher(name, student):
 
 @pytest.mark.parametrize("teacher", ["vit", "swin"])
 def test_camkd_refuses_a_teacher_whose_classifier_does_not_take_its_last_map(teacher):
-    with pytest.raises(RecipeError, match="method.feature: the classifier of .* does not take") as caught:
+    with pytest.raises(RecipeError, match=r"method\.feature: the classifier of .* does not take") as caught:
         Several("camkd", teachers=("wide", teacher))
     assert "--set method.feature=0" in caught.value.hint
     room = Several("camkd", teachers=("wide", teacher), feature=0)
