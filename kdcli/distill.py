@@ -90,9 +90,13 @@ def open_session(
     if classroom.mentors:
         classroom.notes.append(("classroom.precision", precision, why))
     if any(learner.method.teachers for learner in learners):
-        needs = frozenset().union(*(learner.method.needs for learner in learners if learner.method.teachers))
+        taught = [learner for learner in learners if learner.method.teachers]
+        needs = frozenset().union(*(learner.method.needs for learner in taught))
+        plain = any(not learner.needs for learner in taught)
         ahead, graph = recipe.classroom.ahead or 0, config.cuda_graph
-        mentors = dist.in_turn(lambda: fill.open_mentors(classroom, recipe, needs=needs, ahead=ahead, cuda_graph=graph))
+        mentors = dist.in_turn(
+            lambda: fill.open_mentors(classroom, recipe, needs=needs, plain=plain, ahead=ahead, cuda_graph=graph)
+        )
     else:
         mentors = Mentors([], precision, device)
     compiled = _to_compile(recipe, mentors, max(one.epochs for one in learners) * len(stream) * config.batch_size)

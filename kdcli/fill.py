@@ -188,6 +188,7 @@ def open_mentors(
     recipe: Recipe,
     *,
     needs: frozenset[str] = NOTHING,
+    plain: bool = False,
     ahead: int = 1,
     cuda_graph: bool = False,
 ) -> Mentors:
@@ -198,7 +199,7 @@ def open_mentors(
     if config.bank and config.bank_pooled:
         needs |= {"pooled"}
     mentors = Mentors(
-        classroom.mentors, precision, device, banks=found, needs=needs, ahead=ahead, cuda_graph=cuda_graph
+        classroom.mentors, precision, device, banks=found, needs=needs, plain=plain, ahead=ahead, cuda_graph=cuda_graph
     )
     check(mentors, classroom.data)
     return mentors

@@ -3,6 +3,7 @@ behind belong together)."""
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -87,7 +88,7 @@ class Learner:
             vectors = tuple(one.vectors for one in seen) if "pooled" in self.needs else None
             maps = tuple(one.stages for one in seen) if self.needs & {"maps", "pre"} else None
             view = View(torch.stack([one.out.float() for one in seen]), vectors, maps)
-            view.strong = view if "two_views" in asked else None
+            view.strong = replace(view) if "two_views" in asked else None
         return self.lesson(batch, view, 0.0, 0)
 
     def _enter(self, number: int) -> None:
@@ -138,6 +139,7 @@ class Learner:
 
     def step(self, batch: Batch, taught: View | None, epoch: int, number: int, step: int) -> None:
         """One update. `number` is the batch's place in the epoch, `step` counts all updates. Nothing is read back."""
+        taught = self._mine(taught)
         since = (epoch - self.phase_start) * self.steps_per_epoch + number
         schedule.set_lr(self.schedule, epoch - self.phase_start, since)
         if self.config.cuda_graph:  # a recorded update reads its rates from where they lay then
@@ -192,7 +194,8 @@ class Learner:
         with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
             own = {name: self._forward(name, part.pixels, whole) for name in self.forward}
             for name, view in own.items():
-                view.strong = None if part.strong is None else self._forward(name, part.strong, whole)
+                strong = part.strong if "two_views" in self.method.needs else None  # else it is a neighbour's
+                view.strong = None if strong is None else self._forward(name, strong, whole)
         views = {name: shares.whole(view, part) for name, view in own.items()}
         if number:  # micro-batches draw different noise
             self._seed_noise(step, number)
@@ -225,7 +228,8 @@ class Learner:
         """A learner's answer in eval mode, without gradient; its mode is put back."""
         training = member.training
         view = member.eval().see(batch.pixels, self.needs)
-        view.strong = None if batch.strong is None else member.see(batch.strong, self.needs)
+        strong = batch.strong if "two_views" in self.method.needs else None
+        view.strong = None if strong is None else member.see(strong, self.needs)
         member.train(training)
         return view
 
@@ -233,7 +237,11 @@ class Learner:
         """A lesson that teaches the student nothing: its answer in eval mode, without gradient."""
         self._seed_noise(step)
         views = {name: self._look(one, batch) for name, one in self.readers.items()}
-        return self._lesson(batch, views, mentors, epoch, step)
+        return self._lesson(batch, views, self._mine(mentors), epoch, step)
+
+    def _mine(self, mentors: View | None) -> View | None:
+        """Of the mentors' answer what this learner would be given if it were alone."""
+        return mentors.deep if mentors is not None and mentors.deep is not None and self.needs else mentors
 
     def _lesson(self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int) -> Lesson:
         student, names = views["student"], batch.names
@@ -402,9 +410,9 @@ def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -
         )
     if "full_batches" in method.needs and recipe.train.accumulate > 1:
         raise RecipeError(
-            f"train.accumulate = {recipe.train.accumulate}: method {name} ranks whole batches, and micro-batches would "
-            "be other batches",
-            hint="--set train.accumulate=1, or --set method.ranking=sample.",
+            f"train.accumulate = {recipe.train.accumulate}: method {name} looks at a whole batch at once, and "
+            "micro-batches would be other batches",
+            hint="--set train.accumulate=1" + (", or --set method.ranking=sample." if name == "classroom" else ""),
         )
 
 

@@ -112,7 +112,7 @@ def _account(session: "Session", learner: "Learner", batch: Batch, taught: View 
     if each:
         message += f"; a training image takes {_size(each)}"
     room = f" (by its memory, up to {most})" if most > fits else ""
-    couples = f"; method {name} ranks whole batches, so they are not split" if learner.coupled else ""
+    couples = f"; method {name} looks at whole batches, so they are not split" if learner.coupled else ""
     return OutOfMemory(message, hint=f"Tried: --set train.batch_size={fits} fits{room}{couples}.")
 
 

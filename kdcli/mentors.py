@@ -36,7 +36,8 @@ class Mentors:
 
     With `banks`, one for each member, answers are read from there, and networks asked only for what is not there yet;
     what is handed out went through the bank's rounding in any case. `needs`, of methods, says what else than logits is
-    read of them: pooled vectors (which banks may have too), maps (which need live networks).
+    read of them: pooled vectors (which banks may have too), maps (which need live networks). With `plain` there are
+    learners beside who need logits alone, and get what they would get by themselves: the rest is the answer's `deep`.
 
     ahead: batches answered at once in `taught` where there are no banks; 0 until that is decided.
     cuda_graph: record the pass of all mentors as one CUDA graph (logits alone, without banks).
@@ -51,19 +52,23 @@ class Mentors:
         workers: int | None = None,
         banks: "Sequence[Bank]" = (),
         needs: frozenset[str] = NOTHING,
+        plain: bool = False,
         ahead: int = 1,
         cuda_graph: bool = False,
     ) -> None:
         self.members, self.precision, self.device = members, precision, device
         self.banks, self.needs, self.ahead = banks, needs & READ, ahead
-        if self.needs & {"maps", "pre"}:  # they fill the memory that looking ahead would take
+        self.deeper = None
+        if plain and self.needs and not banks:
+            self.deeper, self.needs = Mentors(members, precision, device, workers=workers, needs=needs), NOTHING
+        if needs & {"maps", "pre"}:  # they fill the memory that looking ahead would take
             self.ahead = 1
         self.frozen = [Frozen(member, precision, device, needs=self.needs) for member in members]
         if workers is None:
             workers = torch.get_num_threads() if device.type == "cpu" else 1
         self.workers = workers if members else 1
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        self._recorded = Captured(self._stack) if cuda_graph and members and not banks and not self.needs else None
+        self._recorded = Captured(self._stack) if cuda_graph and members and not banks and not needs & READ else None
 
     def answer(self, batch: Batch) -> View | None:
         """Logits [M, B, K] in float32, the teacher first; None in a classroom without mentors."""
@@ -119,7 +124,10 @@ class Mentors:
     def _live(self, pixels: Float[Tensor, "B 3 H W"]) -> View:
         if self._recorded is not None:
             return View(self._recorded(pixels).clone())  # the next batch is answered in the same place
-        return self._view(self.ask(pixels, range(len(self.members)), -(-len(pixels) // self.workers)))
+        view = self._view(self.ask(pixels, range(len(self.members)), -(-len(pixels) // self.workers)))
+        if self.deeper is not None:
+            view.deep = self.deeper._live(pixels)
+        return view
 
     def _view(self, answers: list[View]) -> View:
         out = torch.stack([one.out for one in answers])  # joined outside inference mode: a loss must be able to save it

@@ -25,7 +25,7 @@ def label(name: str) -> str:
 
 
 def resolve(name: str, folder: Path | None = None) -> str:
-    """The name with its file's whole path, looked for in `folder` (a recipe's), then here; as it is where there is none."""
+    """The name with its file's whole path, looked for in `folder` (a recipe's), then here; else as it is."""
     path, colon, cls = name.rpartition(":")
     if not named(name) or not colon:
         return name
@@ -39,9 +39,7 @@ def file_of(name: str) -> Path:
     """The file of an own method. Raises RecipeError where it names no class, or a file that is not there."""
     path, _, cls = name.rpartition(":")
     if name.endswith(".py") or not cls.isidentifier():
-        raise RecipeError(
-            f"method.name: {name} says no class", hint=f"{name.rstrip(':') if not path else path}:Mine, for example."
-        )
+        raise RecipeError(f"method.name: {name} says no class", hint=f"{path or name}:Mine, for example.")
     file = Path(path).expanduser()
     if not file.is_file():
         where = file.parent if file.parent.is_dir() else Path()

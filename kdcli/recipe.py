@@ -91,6 +91,7 @@ class TrainConfig(Section):
     min_lr: float = Field(default=0.0, ge=0.0)
     decay_epochs: list[int] = []  # milestones of schedule = "multistep"; the period of "step" is the first
     decay_rate: float = Field(default=0.1, gt=0.0)
+    cycles: int = Field(default=1, ge=1)  # schedule = "cosine" falls from lr that often, each time anew (warm restarts)
     precision: Precision = "auto"  # of the student; losses are float32
     seed: int = Field(default=0, ge=0)  # initial weights, method noise, dropout
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay of the weights' average, then the student

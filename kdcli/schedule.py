@@ -33,10 +33,15 @@ def build(optimizer: Optimizer, config: TrainConfig, epochs: int, steps_per_epoc
 
     crd: lr, then x0.1 after epochs 150, 180 and 210 of 240. classroom: what the ClassroomKD code's "120-epoch warm-up"
     comes to, a linear fall from lr to lr / 5 during epochs 1-120, flat to 150, then as crd (papers.md section 2.2).
-    cosine, tanh and poly change at every update, the others once an epoch.
+    cosine, tanh and poly change at every update, the others once an epoch. With `cycles` cosine starts anew (DiSK).
     Raises RecipeError for an unknown name.
     """
     name = config.schedule
+    if config.cycles > 1 and name != "cosine":
+        raise RecipeError(
+            f'train.cycles = {config.cycles}: only schedule = "cosine" starts anew, not {name!r}',
+            hint="Leave the key out, or --set train.schedule=cosine.",
+        )
     warm = (config.warmup_epochs, config.warmup_lr)
     if name in ("crd", "classroom"):
         idle = {"decay_epochs": config.decay_epochs, "min_lr": config.min_lr}
@@ -62,7 +67,9 @@ def build(optimizer: Optimizer, config: TrainConfig, epochs: int, steps_per_epoc
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="step" if name == "constant" else name,
-        num_epochs=epochs,
+        num_epochs=epochs if config.cycles == 1 else epochs / config.cycles,  # pyright: ignore[reportArgumentType]
+        cycle_limit=config.cycles,
+        cycle_decay=1.0,
         decay_epochs=epochs + 1 if name == "constant" else (config.decay_epochs or [epochs + 1])[0],
         decay_rate=config.decay_rate,
         min_lr=config.min_lr,

@@ -176,8 +176,9 @@ def _spread(view: View, dim: int, parts: list[Tensor]) -> None:
     pooled = view.pooled if isinstance(view.pooled, tuple) else [view.pooled] if view.pooled is not None else []
     maps = view.maps if isinstance(view.maps, tuple) else [view.maps] if view.maps is not None else []
     parts += [view.out.movedim(dim, 0), *pooled, *(x for each in maps for x in each.values())]
-    if view.strong is not None:
-        _spread(view.strong, dim, parts)
+    for beside in (view.strong, view.deep):
+        if beside is not None:
+            _spread(beside, dim, parts)
 
 
 def _gather_up(view: View, dim: int, parts: Iterator[Tensor]) -> View:
@@ -191,7 +192,8 @@ def _gather_up(view: View, dim: int, parts: Iterator[Tensor]) -> View:
         pooled = tuple(next(parts) for _ in pooled) if isinstance(pooled, tuple) else next(parts)
     if maps is not None:
         maps = tuple(maps_of(each) for each in maps) if isinstance(maps, tuple) else maps_of(maps)
-    return View(out, pooled, maps, None if view.strong is None else _gather_up(view.strong, dim, parts))
+    strong, deep = (None if one is None else _gather_up(one, dim, parts) for one in (view.strong, view.deep))
+    return View(out, pooled, maps, strong, deep)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

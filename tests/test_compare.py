@@ -70,6 +70,17 @@ def test_every_learner_ends_as_in_its_own_run(tmp_path: Path, monkeypatch: pytes
     assert not any(kit.same(a, b) for n, a in enumerate(states) for b in states[:n])
 
 
+def test_neighbours_who_ask_for_more_change_nothing(tmp_path: Path) -> None:
+    """Maps, pooled vectors, strong views and students of their own are asked for by some learners of a session only."""
+    config = kit.recipe("kd")
+    session = compared(config, tmp_path / "all", ["kd", "vid", "pkt", "mlkd", "dml"], [2])
+    assert session.mentors.deeper is not None
+    for learner in session.learners:
+        method, _, seed = learner.name.partition("-")
+        own = alone(config, method, int(seed), tmp_path / learner.name)
+        assert kit.same(kit.student(own), kit.student(Run(tmp_path / "all" / learner.name))), learner.name
+
+
 def test_options_of_other_methods_are_the_baselines_alone(tmp_path: Path) -> None:
     config = kit.recipe("classroom", **{"method.tau": 4.0, "baselines": {"aver": {"tau": 1.0}}})
     made = compare.learners(config, ["aver", "kd", "classroom", "aver"], [5])

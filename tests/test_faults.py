@@ -476,7 +476,7 @@ def test_a_loss_over_whole_batches_is_not_halved_but_accounted_for(tmp_path: Pat
     assert "weights 0.0" in caught.value.message
     assert "gradients 0.0" in caught.value.message
     assert "train.batch_size=4 fits" in caught.value.hint
-    assert "ranks whole batches" in caught.value.hint
+    assert "looks at whole batches" in caught.value.hint
 
 
 def test_two_images_are_the_least(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +95,9 @@ def test_the_projector_learned_and_the_classifier_did_not(taught):
     state = weights.load_state(taught / "runs/simkd/student.safetensors")
     with within(taught):
         add_mentors(PEER)
-        teacher = weights.load_state(zoo.weights_path(zoo.cards(shipped=False)[0]))
+        path = zoo.weights_path(zoo.cards(shipped=False)[0])
+        assert path is not None
+        teacher = weights.load_state(path)
         shutil.rmtree(taught / "home")
     assert torch.equal(state["classifier.weight"], teacher["fc.weight"])
     assert torch.equal(state["classifier.bias"], teacher["fc.bias"])
@@ -184,7 +188,7 @@ def test_any_student_graduates_and_ships(spec, size, tmp_path):
     assert sum(p.numel() for p in graduate.net.parameters()) < heads
     member = as_member(graduate, name, size)
     pixels = torch.rand(3, 3, size, size)
-    told = card(member, Data(), 1, 50.0, "a run")
+    told = card(member, DATA, 1, 50.0, "a run")
     again = from_card(told, graduate.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(again(pixels), member(pixels))
@@ -232,10 +236,8 @@ def test_layers_that_cannot_be_left_out_stay():
     assert out.shape == (2, 10)
 
 
-class Data:
-    """What a card needs to know of a data set."""
-
-    name, hash, classes = "ten", "", [str(k) for k in range(10)]
+DATA: Any = SimpleNamespace(name="ten", hash="", classes=[str(k) for k in range(10)])
+"""What a card needs to know of a data set."""
 
 
 def as_member(net: nn.Module, name: ModelName, size: int) -> Member:

@@ -168,3 +168,17 @@ def test_an_unknown_optimiser_is_refused_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"train\.optimizer = 'admw'") as caught:
         learner.make_optimizer(net(), TrainConfig(optimizer="admw"))
     assert "adamw" in caught.value.hint
+
+
+@pytest.mark.parametrize(("epochs", "cycles"), [(20, 4), (10, 3)])
+def test_cosine_starts_anew_in_every_cycle(epochs: int, cycles: int) -> None:
+    flat = [rate for epoch in rates(TrainConfig(lr=0.1, cycles=cycles), epochs) for rate in epoch]
+    length = epochs * UPDATES / cycles
+    assert flat == pytest.approx([0.05 * (1 + math.cos(math.pi * (t % length) / length)) for t in range(len(flat))])
+    assert sum(flat[t] > flat[t - 1] for t in range(1, len(flat))) == cycles - 1
+
+
+@pytest.mark.parametrize("name", ["crd", "constant", "poly"])
+def test_other_schedules_have_no_cycles(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"train\.cycles = 2: only schedule = .cosine."):
+        rates(TrainConfig(schedule=name, cycles=2), 4)

@@ -133,7 +133,9 @@ def _complain(error: BaseException) -> int:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return _say("out of memory", "A smaller --set train.batch_size, or fewer mentors.", 3)
     if own.blame(error):
-        return _say(own.words(error), "--debug shows the traceback; `kdcli check --method FILE.py:CLASS` tries a method.", 2)
+        return _say(
+            own.words(error), "--debug shows the traceback; `kdcli check --method FILE.py:CLASS` tries a method.", 2
+        )
     return _say(f"{type(error).__name__}: {text}", "kdcli did not foresee this; --debug shows where it arose.", 1)
 
 

@@ -46,7 +46,8 @@ class Readers:
     """
 
     def __init__(self, parts: tuple[Part, ...], views: Views, kind: Kind, workers: int) -> None:
-        self.views, self.kind, self.workers = views, kind, workers
+        self.views, self.workers = views, workers
+        self.kind: Kind = kind
         self.decoder = Decoder(parts, views)
         self.processes: list[Worker] = []
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()

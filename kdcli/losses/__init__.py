@@ -6,6 +6,7 @@ logits up to 1e4: probabilities are only ever touched as log-softmax and log-sum
 """
 
 from kdcli.losses.classroom import (
+    GAP_LIMIT,
     log_batch_mark,
     log_mark,
     performance_gap,
@@ -18,6 +19,7 @@ from kdcli.losses.multilevel import batch_level_loss, class_level_loss
 from kdcli.losses.temperature import dtkd_loss, dynamic_temperatures, reversal, reversed_gradient
 
 __all__ = [
+    "GAP_LIMIT",
     "batch_level_loss",
     "class_level_loss",
     "dist_loss",

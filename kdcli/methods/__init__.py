@@ -94,9 +94,8 @@ def build(name: str, given: dict[str, Any], where: str = "recipe") -> Method:
     """
     cls, label = find(name), own.label(name)
     plain = {key: value for key, value in given.items() if key != "tekap"}
-    values = _checked(f"method {label}", options(name), plain, f"{where}: method")
     try:
-        method = cls(**values)
+        method = cls(**_checked(f"method {label}", options(name), plain, f"{where}: method"))
     except Exception as error:
         if isinstance(error, KdcliError) or not own.named(name):
             raise

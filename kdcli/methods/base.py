@@ -33,12 +33,15 @@ class View:
     pooled: penultimate vectors [B, D], of mentors one tensor each, for their D differ; and maps: intermediate maps, of
         mentors one dict each. Both only for methods that need them.
     strong: the same model's answer to the batch's strongly augmented view, only for methods that need two views.
+    deep: of mentors, the answer for learners who need more than logits, where others beside them do not: a network that
+        is read within is not folded, and rounds otherwise.
     """
 
     out: Tensor
     pooled: Tensor | tuple[Tensor, ...] | None = None
     maps: Maps | tuple[Maps, ...] | None = None
     strong: "View | None" = None
+    deep: "View | None" = None
 
     @property
     def vectors(self) -> Tensor:
@@ -64,7 +67,8 @@ class View:
         assert not isinstance(self.maps, dict)
         pooled = None if self.pooled is None else tuple(each[rows] for each in self.pooled)
         maps = None if self.maps is None else tuple({k: x[rows] for k, x in each.items()} for each in self.maps)
-        return View(self.out[:, rows], pooled, maps, None if self.strong is None else self.strong.of_mentors(rows))
+        strong = None if self.strong is None else self.strong.of_mentors(rows)
+        return View(self.out[:, rows], pooled, maps, strong, None if self.deep is None else self.deep.of_mentors(rows))
 
 
 @dataclass

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ Weight = Annotated[float, Field(ge=0)]
 class Contrast(nn.Module):
     """Both networks' embeddings, and a memory of the last ones of every training image.
 
-    embed -> parts -> (the update of the weights) -> remember. Memories' rows are sorted by class, so that other
+    embed, rows -> parts -> (the update of the weights) -> remember. Memories' rows are sorted by class, so that other
     classes' rows can be drawn without a search; `row_of` says where an image's row is.
     """
 
@@ -60,7 +60,8 @@ class Contrast(nn.Module):
         self.register_buffer("first", count.cumsum(0) - count)
         self.register_buffer("count", count)
         for side in ("student_memory", "teacher_memory"):  # directions at random, until an image is met
-            self.register_buffer(side, F.normalize(torch.randn(self.n_data, feat_dim, device=room.device), dim=1))
+            memory = torch.randn(self.n_data, feat_dim, device=room.device)
+            self.register_buffer(side, memory.div_(torch.linalg.vector_norm(memory, dim=1, keepdim=True)))
         self.register_buffer("log_z", torch.zeros(2))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
@@ -70,16 +71,20 @@ class Contrast(nn.Module):
         """Unit vectors of both networks in one space."""
         return F.normalize(self.student(student), dim=1), F.normalize(self.teacher(teacher), dim=1)
 
-    def parts(self, a: Float[Tensor, "B D"], b: Float[Tensor, "B D"], lesson: Lesson) -> tuple[Tensor, Tensor]:
+    def rows(self, lesson: Lesson) -> Int[Tensor, "B 1+R"]:
+        """Each sample's own row, then drawn rows of other classes."""
+        first, count = self.first[lesson.target], self.count[lesson.target]
+        others = losses.draw_negatives(first, count, n_data=self.n_data, draws=self.draws, generator=lesson.generator)
+        return torch.cat([self.row_of[lesson.index][:, None], others], 1)
+
+    def parts(
+        self, a: Float[Tensor, "B D"], b: Float[Tensor, "B D"], rows: Int[Tensor, "B 1+R"]
+    ) -> tuple[Tensor, Tensor]:
         """The student's part (its `a` against the teacher's memory) and the teacher's (its `b` against the student's).
 
         The first call ever fixes the normalisers.
         """
-        n, k, target = self.n_data, self.nce_k, lesson.target
-        others = losses.draw_negatives(
-            self.first[target], self.count[target], n_data=n, draws=self.draws, generator=lesson.generator
-        )
-        rows = torch.cat([self.row_of[lesson.index][:, None], others], 1)
+        n, k = self.n_data, self.nce_k
         mine = losses.log_scores(a, self.teacher_memory, rows, temperature=self.temperature)
         theirs = losses.log_scores(b, self.student_memory, rows, temperature=self.temperature)
         fresh = torch.stack([losses.log_normaliser(scores, nce_k=k, n_data=n) for scores in (mine, theirs)])
@@ -153,7 +158,7 @@ class CRD(Method):
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         a, b = self.contrast.embed(lesson.student.vectors, lesson.teacher.vectors)
-        student, teacher = self.contrast.parts(a, b, lesson)
+        student, teacher = self.contrast.parts(a, b, self.contrast.rows(lesson))
         self.met = a.detach(), b.detach()
         return {
             "hard": self.ce_weight * lesson.task.hard(lesson.student.out, lesson.target).mean(),

@@ -17,7 +17,8 @@ class MLKD(Method):
 
     Three levels, each summed over the temperatures: every image's own KL, the batch's samples among each other, the
     classes among each other; of the weak view and of the strong one (RandAugment, two operations of magnitude 10).
-    ce_weight, kd_weight: of the labels (of both views) and of all that teaches.
+    ce_weight, kd_weight: of the labels (of both views) and of all that teaches. So many terms are large: the authors
+    halve the learning rate (0.025 where others take 0.05).
     variant: `paper` is that equation on both views, without masks. `official` is what the authors' code evaluates: the
     instance term of the strong view only at 3, 4 and 5, the weak one's a second time at the other temperatures; class
     and batch terms of the weak view alone; and the weak view's terms times the share of samples (for the class term: of

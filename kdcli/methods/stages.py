@@ -73,6 +73,12 @@ class FT(Method):
         encoder = _layers(nn.Conv2d, [(c, c), (c, k), (k, k)])
         decoder = _layers(nn.ConvTranspose2d, [(k, k), (k, c), (c, c)])
         self.paraphraser = nn.Sequential(encoder, decoder)
+        for layer in self.paraphraser.modules():  # without norms torch's own start takes hundreds of updates to leave
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                fan = "fan_out" if isinstance(layer, nn.ConvTranspose2d) else "fan_in"  # of what a pixel is summed from
+                nn.init.kaiming_normal_(layer.weight, SLOPE, fan)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.translator = _layers(nn.Conv2d, [(s, s), (s, k), (k, k)], norm=True)
         residual = any(word in room.student.architecture.arch for word in ("resnet", "wrn"))
         self.init_lr = self.init_lr or (0.01 if residual else room.train.lr)
@@ -87,19 +93,20 @@ class FT(Method):
         return [*phases[: self.init_epochs], Phase("main", train.epochs, ("student",), train)]
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        theirs = _last(lesson.teacher.stages)
+        theirs, hard = _last(lesson.teacher.stages), lesson.task.hard(lesson.student.out, lesson.target).mean()
         if phase.name == "paraphraser":
-            return {"reconstruction": F.mse_loss(self.paraphraser(theirs), theirs)}
-        out = lesson.student.out.float()
+            return {"hard": 0 * hard, "reconstruction": F.mse_loss(self.paraphraser(theirs), theirs)}
         with torch.no_grad():
             factor = self.paraphraser[0](theirs)
         ours, factor = fit(self.translator(_last(lesson.student.stages)), factor)
         terms = {
-            "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
+            "hard": self.ce_weight * hard,
             "factors": self.outer_weight * factor_loss(ours, factor, p1=self.p1, p2=self.p2, variant=self.variant),
         }
         if self.kd_weight:
-            terms["teacher"] = self.kd_weight * lesson.task.soft(out, lesson.teacher.out, self.tau).mean()
+            terms["teacher"] = (
+                self.kd_weight * lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau).mean()
+            )
         return terms
 
 
@@ -140,17 +147,19 @@ class AB(Method):
         return [*phases[: self.init_epochs], Phase("main", train.epochs, ("student",), train)]
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
+        hard = lesson.task.hard(lesson.student.out, lesson.target).mean()
         if phase.name == "boundaries":
             ours, theirs = lesson.student.stages, lesson.teacher.stages
             each = []
             for i, ((s, t), connector) in enumerate(zip(self.pairs, self.connectors, strict=True)):
                 ahead = boundary_loss(*fit(connector(ours[s]), theirs[t]), margin=self.margin)
                 each.append(2.0 ** (i - len(self.pairs) + 1) * ahead)
-            return {"boundaries": AB_SCALE * torch.stack(each).sum()}
-        out = lesson.student.out.float()
-        terms = {"hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean()}
+            return {"hard": 0 * hard, "boundaries": AB_SCALE * torch.stack(each).sum()}
+        terms = {"hard": self.ce_weight * hard}
         if self.kd_weight:
-            terms["teacher"] = self.kd_weight * lesson.task.soft(out, lesson.teacher.out, self.tau).mean()
+            terms["teacher"] = (
+                self.kd_weight * lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau).mean()
+            )
         return terms
 
 

@@ -80,7 +80,10 @@ class Perspectives(Method):
         if mentors is None:
             return None
         out = noisy(mentors.out, self.noise_weight, generator)
-        return replace(mentors, out=out, strong=self._noisy(mentors.strong, generator))
+        strong = mentors.strong  # a neighbour in a comparison may have asked for it: no numbers are drawn for that
+        if "two_views" in self.needs:
+            strong = self._noisy(strong, generator)
+        return replace(mentors, out=out, strong=strong)
 
     def after(self, lesson: Lesson) -> None:
         self.method.after(lesson)
@@ -156,18 +159,19 @@ class TeKAP(Method):
         return terms
 
     def _contrast(self, contrast: Contrast, lesson: Lesson) -> Tensor:
-        """CRD with the teacher and with each of its noisy copies."""
-        ours, theirs = lesson.student.vectors, lesson.teacher.vectors
+        """CRD with the teacher and with each of its noisy copies, all against the same rows."""
+        ours, theirs, rows = lesson.student.vectors, lesson.teacher.vectors, contrast.rows(lesson)
         a, b = contrast.embed(ours, theirs)
-        student, teacher = contrast.parts(a, b, lesson)
+        student, teacher = contrast.parts(a, b, rows)
         self.met, memory, parts = [(a.detach(), b.detach())], contrast.student_memory, []
         for _ in range(self.feature_n):
             weight, std = self.feature_noise
             _, b_i = contrast.embed(ours, noisy(theirs, weight, lesson.generator, std))
             if self.lambda_ is None:  # the code's second call meets what the first has remembered
-                memory = updated(contrast, memory, a.detach(), lesson)
+                memory = updated(contrast, memory, a.detach(), rows[:, 0])
                 self.met.append((a.detach(), b_i.detach()))
-            parts.append(teacher_part(contrast, b_i, memory, lesson))
+            scores = losses.log_scores(b_i, memory, rows, temperature=contrast.temperature) - contrast.log_z[1]
+            parts.append(losses.contrast(scores, nce_k=contrast.nce_k, n_data=contrast.n_data))
         if self.lambda_ is None:
             return (1 + self.feature_n) * student + teacher + torch.stack(parts).sum()
         augmented = self.feature_n * student + torch.stack(parts).sum()
@@ -179,19 +183,7 @@ class TeKAP(Method):
                 self.contrast.remember(a, b, lesson)
 
 
-def teacher_part(contrast: Contrast, b: Tensor, memory: Tensor, lesson: Lesson) -> Tensor:
-    """CRD's teacher part of embeddings `b` against a memory of the student's, with negatives of its own."""
-    target, n = lesson.target, contrast.n_data
-    others = losses.draw_negatives(
-        contrast.first[target], contrast.count[target], n_data=n, nce_k=contrast.nce_k, generator=lesson.generator
-    )
-    rows = torch.cat([contrast.row_of[lesson.index][:, None], others], 1)
-    scores = losses.log_scores(b, memory, rows, temperature=contrast.temperature)
-    return losses.contrast(scores - contrast.log_z[1], n_data=n)
-
-
 @torch.no_grad()
-def updated(contrast: Contrast, memory: Tensor, new: Tensor, lesson: Lesson) -> Tensor:
-    """A copy of the memory as it will be once it has met the batch: the step is not over yet."""
-    rows = contrast.row_of[lesson.index]
-    return memory.index_copy(0, rows, losses.remembered(memory[rows], new, momentum=contrast.momentum))
+def updated(contrast: Contrast, memory: Tensor, new: Tensor, own: Tensor) -> Tensor:
+    """A copy of the memory as it will be once it has met the batch, whose rows are `own`: the step is not over yet."""
+    return memory.index_copy(0, own, losses.remembered(memory[own], new, momentum=contrast.momentum))

@@ -5,9 +5,10 @@
 Step cost: one update of a ResNet-8 taught by a ResNet-20, batch 64, on noise of CIFAR-100's sizes (the cost is the same
 on any pictures), the mentors' answers and whatever else the method asks of them included; how many times KD's, all
 methods stepped in turn within one process, the ratio of medians with quartiles of the rounds' ratios. A method of
-several phases is each phase's cost, weighted by their epochs. Methods that hear several mentors have two peers beside
-the teacher, and so has the KD they are compared with. Extra parameters and memory are those at these sizes, with
-CIFAR-100's 50,000 images. Lines: the class and the losses it calls, without comments, docstrings and blanks.
+several phases is charged for all of them: their steps over those of the recipe's own epochs, of which KD has no others.
+Methods that hear several mentors have two peers beside the teacher, and so has the KD they are compared with. Extra
+parameters and memory are those at these sizes, with CIFAR-100's 50,000 images. Lines: the class and the losses it
+calls, without comments, docstrings and blanks.
 --contract: what `pytest tests/contract --junitxml=junit.xml` wrote; the table then says how many of its tests passed.
 """
 
@@ -34,6 +35,7 @@ from kdcli import distill, methods
 from kdcli.classroom import Classroom
 from kdcli.engine import Session
 from kdcli.errors import KdcliError
+from kdcli.learner import Learner
 from kdcli.run import Run
 
 STUDENT, TEACHER, PEERS = "cifar_resnet8", "resnet20", ["resnet14", "resnet8"]
@@ -111,7 +113,7 @@ class Way:
         self.batches = self._endless()
         self.number = 0
 
-    def _sweep(self, learner: Any) -> Iterator[Any]:
+    def _sweep(self, learner: Learner) -> Iterator[Any]:
         for batch in itertools.islice(self.session.data.train.plain(64, learner.device), 2):
             yield learner.lesson(batch, self.session.mentors.answer(batch), self.epoch, 0)
 
@@ -140,16 +142,15 @@ def facts(way: Way) -> dict[str, Any]:
         "memory": sum(b.numel() * b.element_size() for b in kept),
         "needs": [word for need, word in WORDS.items() if need in method.needs],
         "teachers": method.teachers,
-        "phases": _shares(way.learner.phases),
+        "phases": _shares(way.learner),
     }
 
 
-def _shares(phases: list[Any]) -> dict[str, float]:
-    """Phase -> its share of all epochs."""
-    total = sum(phase.epochs for phase in phases)
+def _shares(learner: Learner) -> dict[str, float]:
+    """Phase -> its epochs, as a share of those the recipe asks for."""
     shares: dict[str, float] = {}
-    for phase in phases:
-        shares[phase.name] = shares.get(phase.name, 0.0) + phase.epochs / total
+    for phase in learner.phases:
+        shares[phase.name] = shares.get(phase.name, 0.0) + phase.epochs / learner.config.epochs
     return shares
 
 
@@ -212,7 +213,7 @@ def contract(path: Path) -> dict[str, tuple[int, int]]:
 def seat(room: Classroom, name: str, folder: Path) -> dict[str, Way]:
     """A method's ways to step, one for every phase it has."""
     first = Way(room, name, None, folder)
-    names = list(_shares(first.learner.phases))
+    names = list(_shares(first.learner))
     return {phase: Way(room, name, phase, folder) if n else first for n, phase in enumerate(names)}
 
 
@@ -253,9 +254,9 @@ def markdown(found: dict[str, dict[str, Any]], passed: dict[str, tuple[int, int]
     rows = [head, ["---", "---", "---", "---", "---:", "---:", "---:", "---:", "---:"]]
     for name, row in found.items():
         family, paper = PAPERS[name]
-        done, of = passed.get(name, (0, 0))
+        counted = "{}/{}".format(*passed[name]) if name in passed else ""
         if "why not" in row:
-            rows.append([f"`{name}`", family, paper, row["why not"].splitlines()[0], "", "", "", "", f"{done}/{of}"])
+            rows.append([f"`{name}`", family, paper, row["why not"].splitlines()[0], "", "", "", "", counted])
             continue
         needs = list(row["needs"])
         several = "mentors" if row["teachers"] < 2 else f"{row['teachers']} mentors or more"
@@ -269,7 +270,7 @@ def markdown(found: dict[str, dict[str, Any]], passed: dict[str, tuple[int, int]
         memory = f"{row['memory'] / 2**20:.1f} MiB" if row["memory"] >= 2**16 else ""
         rows.append([
             f"`{name}`", family, paper, ", ".join(needs), extra, memory,
-            f"{row['times KD']:.2f} ({low:.2f} to {high:.2f})", str(row["lines"]), f"{done}/{of}" if of else "",
+            f"{row['times KD']:.2f} ({low:.2f} to {high:.2f})", str(row["lines"]), counted,
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 

@@ -1,4 +1,4 @@
-"""Methods that each break one rule of the contract, and one that keeps them all. Loaded by file name, as a user's are."""
+"""Methods that each break one rule of the contract, and some that keep them all. Loaded by file name, as a user's."""
 
 import random
 
@@ -90,7 +90,9 @@ class NoRoot(Plain):
     """sqrt's gradient at zero."""
 
     def more(self, lesson):
-        return {"spread": 1e-3 * (lesson.student.out.float() - lesson.student.out[:, :1].float()).norm(dim=-1).sqrt().mean()}
+        return {
+            "spread": 1e-3 * (lesson.student.out.float() - lesson.student.out[:, :1].float()).norm(dim=-1).sqrt().mean()
+        }
 
 
 class LowArithmetic(Plain):
@@ -105,7 +107,7 @@ class ReadsItem(Plain):
 
 class Branches(Plain):
     def more(self, lesson):
-        return {"size": lesson.student.out.float().square().mean() * (1e-3 if lesson.student.out.mean() > 0 else 1e-3)}
+        return {"size": lesson.student.out.float().square().mean() * (2e-3 if lesson.student.out.mean() > 0 else 1e-3)}
 
 
 class Masks(Plain):

@@ -18,7 +18,7 @@ from kdcli.tasks import Classify
 
 CPU = torch.device("cpu")
 K, SIZE = 10, 32
-SWIN = {
+SWIN: dict[str, Any] = {
     "img_size": SIZE,
     "patch_size": 2,
     "window_size": 4,
@@ -27,7 +27,7 @@ SWIN = {
     "num_heads": (2, 2, 4),
 }
 REGNET = BlockParams([1] * 4, [8, 16, 24, 48], [8] * 4, [1.0] * 4, [2] * 4)
-VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+VIT: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
 
 NETS = {
     "zoo": lambda: timm.create_model("cifar_resnet8", num_classes=K),
@@ -73,9 +73,10 @@ class Class:
     def __init__(
         self, method: Method, student: str = "zoo", teacher: str | Member = "wide", batch: int = 6, **train: Any
     ) -> None:
-        self.method, self.batch = method, batch
-        self.student = member(student, 1)
-        self.teacher = member(teacher, 2) if isinstance(teacher, str) else teacher
+        self.method: Any = method
+        self.batch = batch
+        self.student: Any = member(student, 1)
+        self.teacher: Any = member(teacher, 2) if isinstance(teacher, str) else teacher
         self.teacher.requires_grad_(False).eval()
         self.task, self.pixels = (
             Classify(K),

@@ -1,5 +1,7 @@
 """SRRL, SimKD, OFA and SHAKE on real networks of every family."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,7 +100,8 @@ def test_the_larger_teacher_map_is_pooled():
 
 
 def test_simkd_borrows_only_the_classes_of_the_data():
-    teacher, chosen = member("wide", 2), torch.tensor([3, 1, 13, 0, 2, 5, 4, 8, 6, 12])
+    teacher: Any = member("wide", 2)
+    chosen = torch.tensor([3, 1, 13, 0, 2, 5, 4, 8, 6, 12])
     teacher.net.reset_classifier(14)
     teacher.class_index = chosen
     room = Class(SimKD(), "zoo", teacher)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from kdcli import losses, methods
 from kdcli.errors import RecipeError
-from kdcli.losses import contrast as contrasts
 from kdcli.methods import METHODS, Lesson, Method, Phase, View
 from kdcli.methods.contrast import Contrast
 from kdcli.methods.tekap import Perspectives, TeKAP, noisy
@@ -131,6 +130,20 @@ def test_a_methods_teaching_once_more_on_noisy_mentors(name):
             again.mentors.strong.out = 0.9 * again.mentors.strong.out + 0.1 * torch.randn(M, B, K, generator=generator)
         hand = hand + sum(value for key, value in plain.loss(again, PHASE).items() if key != "hard")
     torch.testing.assert_close(terms["tekap"], 0.7 * hand)
+
+
+def test_a_strong_view_that_a_neighbour_asked_for_changes_nothing():
+    for name, options in (("dkd", {"tekap": True}), ("tekap", {})):
+        method = methods.build(name, options)
+        here, there = method.loss(lesson(), PHASE), method.loss(beside_two_views(), PHASE)
+        assert all(torch.equal(here[key], there[key]) for key in here)
+
+
+def beside_two_views() -> Lesson:
+    given, numbers = lesson(), torch.Generator().manual_seed(9)
+    assert given.mentors is not None
+    given.mentors.strong = View(torch.randn(M, B, K, generator=numbers))
+    return given
 
 
 def test_tekap_is_itself_around_kd():
@@ -307,26 +320,22 @@ def by_hand(method: TeKAP, given: Lesson, noise: tuple[float, float], n: int, la
     generator = torch.Generator().manual_seed(0)
     given = replace(given, generator=generator)
     a, b = contrast.embed(given.student.vectors, given.teacher.vectors)
-    student, teacher = contrast.parts(a, b, given)
+    rows = contrast.rows(given)
+    assert rows.shape == (B, 9)
+    student, teacher = contrast.parts(a, b, rows)
     alone, others, memory = student + teacher, [], contrast.student_memory.clone()
-    rows = contrast.row_of[given.index]
     for _ in range(n):
         eta = torch.randn(given.teacher.vectors.shape, generator=generator)
         f = (1 - noise[0]) * given.teacher.vectors + noise[0] * noise[1] * eta
         b_i = nn.functional.normalize(contrast.teacher(f), dim=1)
         if lambda_ is None:
-            mixed = 0.5 * memory[rows] + 0.5 * a.detach()
-            memory[rows] = mixed / mixed.norm(dim=1, keepdim=True)
-        drawn = contrasts.draw_negatives(
-            contrast.first[given.target], contrast.count[given.target], n_data=40, nce_k=8, generator=generator
-        )
-        part = torch.zeros(())
-        z = contrast.log_z[1].exp()
+            mixed = 0.5 * memory[rows[:, 0]] + 0.5 * a.detach()
+            memory[rows[:, 0]] = mixed / mixed.norm(dim=1, keepdim=True)
+        part, z, c = torch.zeros(()), contrast.log_z[1].exp(), 8 / 40 + 1e-7
         for i in range(B):
             score = torch.exp(memory @ b_i[i] / 0.07) / z
-            c = 8 / 40 + 1e-7
-            part = part - torch.log(score[rows[i]] / (score[rows[i]] + c)) / B
-            part = part - torch.log((8 / 40) / (score[drawn[i]] + c)).sum() / B
+            part = part - torch.log(score[rows[i, 0]] / (score[rows[i, 0]] + c)) / B
+            part = part - torch.log((8 / 40) / (score[rows[i, 1:]] + c)).sum() / B
         others.append(student + part)
     summed = torch.stack(others).sum()
     return alone + summed if lambda_ is None else lambda_ * alone + (1 - lambda_) * summed
