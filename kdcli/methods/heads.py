@@ -39,6 +39,8 @@ class SRRL(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
+        assert room.teacher is not None
+        room.teacher.check_head()
         cin, cout = lesson.student.vectors.shape[1], lesson.teacher.vectors.shape[1]
         self.connector = nn.Sequential(nn.Linear(cin, cout, bias=False), nn.BatchNorm1d(cout), nn.ReLU())
 
