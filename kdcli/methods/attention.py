@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from kdcli.errors import RecipeError
 from kdcli.losses.attention import semckd_loss, similarity, spatial_matching, stage_attention
 from kdcli.methods.adapters import conv_bn_relu, fit, last, pooled_to, stages
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
-
-Weight = Annotated[float, Field(ge=0)]
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
 
 
 class SMKD(Method):

@@ -15,9 +15,8 @@ from kdcli.errors import RecipeError
 from kdcli.graduates import Graduate, Spec
 from kdcli.losses.heads import ofa_loss
 from kdcli.methods.adapters import fit, last, stages
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
 
-Weight = Annotated[float, Field(ge=0)]
 NEAR = 0.05  # of the largest number: how far a pooled map may be from the classifier's input, for precision's sake
 TOKEN_GRID, TOKEN_HEADS = 7, 4
 

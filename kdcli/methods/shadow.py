@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from kdcli.errors import RecipeError
 from kdcli.losses.heads import standardise
 from kdcli.methods.adapters import conv_bn_relu, resized_to, stages
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
 
-Weight = Annotated[float, Field(ge=0)]
 MAPS = 3
 
 

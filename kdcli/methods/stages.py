@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from kdcli.errors import RecipeError
 from kdcli.losses.stages import boundary_loss, factor_loss
 from kdcli.methods.adapters import fit, last, pair
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
+from kdcli.methods.base import Epochs, Lesson, Method, Phase, Room, Temperature, Terms, Weight
 from kdcli.recipe import TrainConfig
 
-Weight = Annotated[float, Field(ge=0)]
-Epochs = Annotated[int, Field(ge=0)]
 AB_SCALE = 3 / 1000  # of the published recipe
 SLOPE = 0.1
 
