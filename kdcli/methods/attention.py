@@ -66,6 +66,9 @@ class SemCKD(Method):
     Chen et al. 2021 (arXiv 2012.03236). What goes into the attention is a batch's similarity matrix, so its layers are
     as wide as a batch: a batch of another size (the short last one) brings its CE and KD terms alone, as the public
     loop leaves such batches out. A data set smaller than one batch is refused.
+
+    detach: whether the student's similarity matrices are a description only. The definition says neither; with a
+        gradient through them the published rate and weight diverged on the digits.
     """
 
     needs = frozenset({"maps", "full_batches", "pairs"})
@@ -78,10 +81,11 @@ class SemCKD(Method):
         tau: Temperature = 4.0,
         factor: Annotated[int, Field(ge=1)] = 4,
         soft: Annotated[float, Field(gt=0)] = 1.0,
+        detach: bool = True,
     ) -> None:
         super().__init__()
         self.outer_weight, self.ce_weight, self.kd_weight, self.tau = outer_weight, ce_weight, kd_weight, tau
-        self.factor, self.soft = factor, soft
+        self.factor, self.soft, self.detach = factor, soft, detach
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
@@ -112,8 +116,9 @@ class SemCKD(Method):
         }
         if len(out) == self.batch:
             ours, theirs = list(stages(lesson.student).values()), list(stages(lesson.teacher).values())
+            described = [x.detach() for x in ours] if self.detach else ours
             attention = stage_attention(
-                torch.stack([_embedded(mlp, x) for mlp, x in zip(self.queries, ours, strict=True)]),
+                torch.stack([_embedded(mlp, x) for mlp, x in zip(self.queries, described, strict=True)]),
                 torch.stack([_embedded(mlp, x) for mlp, x in zip(self.keys, theirs, strict=True)]),
                 soft=self.soft,
             )

@@ -225,3 +225,13 @@ def test_what_another_method_asked_for_changes_nothing(make):
     room.method.needs |= {"pre"}
     assert any(name.endswith(".pre") for name in room.lesson().teacher.stages)
     assert {key: x.item() for key, x in room.loss().items()} == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_semckd_attends_through_similarities_only_when_told(detach):
+    """The projectors are stopped, so what is left to the student is the way through the attention."""
+    room = Class(SemCKD(detach=detach), batch=8)
+    for parameter in room.method.projectors.parameters():
+        nn.init.zeros_(parameter)  # what they give no longer depends on the student
+    grads = torch.autograd.grad(room.loss()["features"], list(room.student.parameters()), allow_unused=True)
+    assert any(grad is not None and bool(grad.abs().sum() > 0) for grad in grads) != detach
