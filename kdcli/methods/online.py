@@ -112,8 +112,8 @@ class Cohort(Method):
 class DML(Cohort):
     """Zhang et al. 2018, "Deep Mutual Learning", arXiv 1706.00384.
 
-    students: how many; or cohort: the others' architectures. form: everyone learns from every other (`pairwise`) or
-    from their mean logits (`ensemble`). The paper has no temperature (tau = 1); 3 is the benchmark's.
+    students: how many; or cohort: the others' architectures. form: each learns from every other (`pairwise`), or from
+    the others' mean logits (`ensemble`). The paper has no temperature (tau = 1); 3 is the benchmark's.
     variant: `official` is OKDDip's code, in which gradient flows into the targets too.
     """
 
