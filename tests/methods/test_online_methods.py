@@ -103,7 +103,7 @@ def test_one_is_its_equation():
     outs = torch.stack([answer.out for answer in answers])
     gate = cast(Any, room.method).gate(lesson.student.stages[room.method.tap].mean((2, 3)))
     assert torch.allclose(gate.sum(-1), torch.ones(B))
-    ensemble = sum(gate[:, n, None] * outs[n] for n in range(3))
+    ensemble = torch.stack([gate[:, n, None] * outs[n] for n in range(3)]).sum(0)
     terms = room.terms(lesson)
     torch.testing.assert_close(terms["hard"], room.ce(*outs, ensemble))
     taught = sum(peer_loss(out, ensemble.detach()).mean() for out in outs)

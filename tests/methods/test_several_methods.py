@@ -87,7 +87,7 @@ def test_camkd_is_its_equations(variant, wide):
         theirs = [*taught.of(n).stages.values()][-1]
         assert ours.shape[2:] != theirs.shape[2:] or n != 1  # one of them is of another size
         x = F.interpolate(ours, theirs.shape[2:], mode="bilinear") if theirs.shape[2] > ours.shape[2] else ours
-        x = F.adaptive_avg_pool2d(x, theirs.shape[2:])
+        x = F.adaptive_avg_pool2d(x, (theirs.shape[2], theirs.shape[3]))
         x = project(x)
         errors.append((x - theirs).square().mean((1, 2, 3)))
         net, head = teacher.net, teacher.head
