@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,10 +61,7 @@ Data = tuple[Tensor, Tensor]
 
 
 class Toy:
-    """A data set of `n` training points, a teacher, and students and guides of which `runs` learn at once."""
-
-    def __init__(self, n: int = 1000) -> None:
-        raise NotImplementedError
+    """A data set, a teacher, and students and guides of which `runs` learn at once."""
 
     minima: tuple[str, ...]
     published: ClassVar[dict[str, tuple[int, ...]]]
@@ -133,19 +129,19 @@ class Intervals(Toy):
     cross-entropy ends in (2,7)); the initialisation (a uniform in [0, 2], b uniform in [a, 9] here: from two uniform
     numbers sorted, 19 % of cross-entropy's runs begin beside (5,7) and stay); the guide (one linear layer). kappa, 1e-3
     and the initialisation were chosen by the row of cross-entropy alone. The teacher is f* itself, which the paper's
-    recovers; `trained` learns it by the stated recipe, whose weight decay moves its ends to (1.9, 3.1, 4.7, 7.0). (2,7)
-    and (5,7) are equally good in expectation; `data` is a draw whose test set scores them 83 % and 87 % as published.
-    (2,3) then has 63 %, not 67: on balanced data (2,3) and (5,7) score 150 % together, so the paper's three accuracies
-    are not of one test set, or its 87 % is (2,7)'s, against its text.
+    recovers; `trained` learns it by the stated recipe, whose weight decay moves its ends to (1.9, 3.1, 4.7, 7.0).
+    `data` is the draw: (2,7) and (5,7) are equally good in expectation, and a draw that favours (5,7) by 3 % sends many more
+    runs there, KD's too; this one favours neither and its test set scores the places 67, 83 and 83 %. The published 67,
+    83 and 87 are not of one balanced set, on which (2,3) and (5,7) together have 150 %.
     """
 
     minima = ("A (2,3)", "B (2,7)", "C (5,7)")
     published: ClassVar = {"ce": (35, 64, 1), "kd": (30, 67, 3), "disk": (9, 1, 90)}
-    kappa, floor, left, data, trained = 5.0, 1e-3, 2.0, 1032, False
+    kappa, floor, left, data, trained = 5.0, 1e-3, 2.0, 266, False
 
-    def __init__(self, n: int = 1000) -> None:
+    def __init__(self) -> None:
         g = torch.Generator().manual_seed(self.data)
-        self.train, self.test, self.valid = (self._draw(count, g) for count in (n, 100, 100))
+        self.train, self.test, self.valid = (self._draw(count, g) for count in (1000, 100, 100))
         self.ends = self._teach() if self.trained else torch.tensor([2.0, 3.0, 5.0, 7.0])
         self.teacher = self.taught(self.train[0])
 
@@ -225,9 +221,9 @@ class Gaussians(Toy):
     published: ClassVar = {"ce": (73, 12, 9, 6), "kd": (1, 11, 31, 57), "disk": (0, 0, 3, 97)}
     variance = 0.05
 
-    def __init__(self, n: int = 1000) -> None:
+    def __init__(self) -> None:
         g = torch.Generator().manual_seed(0)
-        self.train, self.test, self.valid = (self._draw(count, g) for count in (n, 1000, 1000))
+        self.train, self.test, self.valid = (self._draw(count, g) for count in (1000, 1000, 1000))
         self.teacher = self._teach(g)
 
     def _draw(self, n: int, g: torch.Generator) -> Data:
@@ -275,6 +271,7 @@ SETTINGS: dict[str, list[tuple[str, str, Setting]]] = {
         ("kd", "KD", Setting(alpha=0.1, tau=1.0)),
         ("kd", "KD, its best", Setting(alpha=0.1, tau=4.0)),
         ("disk", "DiSK", Setting(0.0, 2.0, 1.0, lambda_min=10.0, lambda_max=20.0, budget=0.05, period=20)),
+        ("disk", "DiSK, 2nd", Setting(0.1, 2.0, 1.0, lambda_max=20.0)),
         ("disk", "DiSK, defaults", Setting(alpha=0.1, tau=4.0)),
     ],
     "gaussians": [
@@ -346,20 +343,21 @@ def counts(toy: Toy, student: Params) -> list[int]:
 
 
 def search(toy: Toy, tries: int) -> None:
-    """Random settings of the grids, 40 runs each, by validation accuracy; every one of KD's first."""
+    """Every setting of KD's, then random ones of DiSK's, 40 runs each on every fifth point; the best at the end."""
+    toy.train, toy.teacher = ((one[0][::5], one[1][::5]) for one in (toy.train, toy.teacher))
     kd = [("kd", Setting(alpha=alpha, tau=tau)) for alpha in GRID["alpha"] for tau in GRID["tau"]]
     draw, drawn = random.Random(0), []
     while len(drawn) < tries:
         s = Setting(**{key: draw.choice(values) for key, values in GRID.items()})
         drawn += [("disk", s)] if s.lambda_min < s.lambda_max and s.alpha < 1 else []
-    found = []
+    found: list[tuple[float, str]] = []
     for method, s in kd + drawn:
         student, _ = train(toy, method, s, 40, 1)
-        found.append((toy.accuracy(student, toy.valid).mean().item(), method, counts(toy, student), s))
-        print(len(found), end="\r", file=sys.stderr, flush=True)
-    for score, method, ends, s in sorted(found, key=lambda one: -one[0]):
-        keys = ("alpha", "tau") if method == "kd" else GRID
-        print(f"{score:.3f} {method:5}{ends!s:22}", " ".join(f"{key}={getattr(s, key)}" for key in keys))
+        score, keys = toy.accuracy(student, toy.valid).mean().item(), ("alpha", "tau") if method == "kd" else GRID
+        told = " ".join(f"{key}={getattr(s, key)}" for key in keys)
+        found.append((score, f"{score:.3f} {method:5}{counts(toy, student)!s:22} {told}"))
+        print(found[-1][1], flush=True)
+    print("best on the validation set:", *[text for _, text in sorted(found, reverse=True)[:10]], sep="\n")
 
 
 def table(name: str, toy: Toy, runs: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, tuple[Params, Params]]]:
@@ -408,9 +406,9 @@ def plot(name: str, toy: Toy, ends: dict[str, tuple[Params, Params]], path: Path
         axes[0].fill_between([2, 3], 1, color="tab:blue", alpha=0.3, lw=0)
         axes[0].fill_between([5, 7], 1, color="tab:blue", alpha=0.3, lw=0, label="blue")
         axes[0].plot(x[order], toy.taught(x[order])[1].sum(-1), "k", label="teacher")
-        axes[0].plot(x[order], log_g[0, order].exp(), "tab:red", label="guide (DiSK's end)")
-        axes[0].set(xlabel="x", title="Teacher, guide")
-        axes[0].legend(loc="upper left", fontsize=8)
+        axes[0].plot(x[order], log_g[0, order].exp(), "tab:red", label="guide")
+        axes[0].set(xlabel="x", title="Teacher, guide at the end of the best run", ylim=(-0.05, 1.35))
+        axes[0].legend(loc="upper center", ncols=3, fontsize=8)
         names = ("a", "b")
     else:
         # the plane of two random directions about the best student, each as long as its neuron (Li et al. 2018)
@@ -455,7 +453,7 @@ def main() -> None:
     torch.set_num_threads(1)
     Intervals.trained = args.trained
     if args.search:
-        search(TOYS[args.toy](240), args.search)
+        search(TOYS[args.toy](), args.search)
         return
     toy = TOYS[args.toy]()
     rows, ends = table(args.toy, toy, args.runs, args.seed)
