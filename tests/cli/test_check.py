@@ -55,7 +55,10 @@ def test_only_as_many_images_are_scored_as_asked():
 
 @pytest.mark.parametrize(
     ("method", "sets", "epochs", "phases"),
-    [("ft", ["method.init_epochs=4"], 5, ["paraphraser", "main"]), ("disk", ["train.epochs=3"], 6, ["guide", "student"])],
+    [
+        ("ft", ["method.init_epochs=4"], 5, ["paraphraser", "main"]),
+        ("disk", ["train.epochs=3"], 6, ["guide", "student"]),
+    ],
 )
 def test_every_phase_is_tried_and_counted(method: str, sets: list[str], epochs: int, phases: list[str]) -> None:
     add_mentors(TEACHER)
