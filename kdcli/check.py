@@ -1,7 +1,9 @@
 """A classroom looked over without training: sizes, scores, one dry step and what the whole would cost."""
 
+import itertools
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,12 +12,16 @@ import torch
 from kdcli import banks, device as devices, distill, fill, stages
 from kdcli.classroom import Classroom
 from kdcli.data import Split
+from kdcli.engine import Session
 from kdcli.errors import WeightsError
 from kdcli.evaluate import score
+from kdcli.learner import Learner
+from kdcli.methods import Lesson
 from kdcli.recipe import STAGE, Recipe
 from kdcli.run import Run
 from kdcli.tasks import Classify
 
+TRIES = 3  # dry steps of each phase
 CLOSE_TO_CHANCE = 2.0  # a mentor below this many times the accuracy of guessing is warned of
 
 
@@ -39,7 +45,8 @@ class Look:
     seats: list[Seat]
     words: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # what the recipe's epochs would take here, scoring not counted
+    seconds: float = 0.0  # what the epochs would take here, scoring not counted
+    epochs: int = 0  # of all its phases
     notes: list[tuple[str, object, str]] = field(default_factory=list)
     taps: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     """What a method can read of each network, by name, with its shape for one image."""
@@ -55,12 +62,12 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
         if not name:
             found = _look(part, whole.last, classroom, images)
             return replace(found, words=[*words, *found.words], seconds=seconds + found.seconds)
-        _, update, batches = _dry_steps(part, classroom)
-        took = update * batches * part.train.epochs
+        cost = _dry_steps(part, classroom)
+        took = cost.seconds
         taught = ", ".join(mentor.name for mentor in classroom.mentors) or "nobody"
         words.append(
             f"stage {name}: {classroom.student_name.arch} taught by {taught} ({part.method.label}), "
-            f"{part.train.epochs} epochs, about {took:.0f} s"
+            f"{cost.epochs} epochs, about {took:.0f} s"
         )
         seconds += took
     raise AssertionError("a recipe's own part comes last")
@@ -79,7 +86,7 @@ def _look(recipe: Recipe, named: Recipe, classroom: Classroom, images: int) -> L
             found.taps[member.name] = member.taps()
         except WeightsError as error:  # no obstacle to methods that learn from logits
             found.words.append(error.message)
-    step, update, batches = _dry_steps(recipe, classroom)
+    cost = _dry_steps(recipe, classroom)
     test = _some(data.test, images)
     for n, mentor in enumerate(classroom.mentors):
         params, macs = mentor.count()
@@ -105,28 +112,63 @@ def _look(recipe: Recipe, named: Recipe, classroom: Classroom, images: int) -> L
     if recipe.classroom.bank and classroom.mentors:
         found.words.append(_bank_words(recipe, classroom, device))
     found.words.append(f"{len(data.train)} training images, {len(data.test)} test images, {len(data.classes)} classes")
-    found.words.append(f"one step {1000 * update:.0f} ms here ({step}), {batches} steps an epoch")
-    found.seconds = update * batches * recipe.train.epochs
+    for phase, (epochs, update) in cost.phases.items():
+        told = f" of phase {phase} ({epochs} epochs)" if len(cost.phases) > 1 else ""
+        step = f"one step{told} {1000 * update:.0f} ms here (the fastest of up to {TRIES} dry steps)"
+        found.words.append(f"{step}, {cost.steps} steps an epoch")
+    found.seconds, found.epochs = cost.seconds, cost.epochs
     return found
 
 
-def _dry_steps(recipe: Recipe, classroom: Classroom) -> tuple[str, float, int]:
-    """Real steps of the real recipe in a folder that vanishes: what was run, seconds a step, steps an epoch."""
+@dataclass
+class Cost:
+    """What dry steps took: of each phase its epochs and seconds a step; steps an epoch."""
+
+    phases: dict[str, tuple[int, float]]
+    steps: int
+
+    @property
+    def epochs(self) -> int:
+        return sum(epochs for epochs, _ in self.phases.values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(epochs * update * self.steps for epochs, update in self.phases.values())
+
+
+def _dry_steps(recipe: Recipe, classroom: Classroom) -> Cost:
+    """Real steps of every phase of the real recipe, in a folder that vanishes."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "dry")
         live = recipe.with_(**{"classroom.bank": False})  # nothing is to be left behind
         session = distill.open_session({recipe.method.label: live}, classroom, run, {recipe.method.label: run})
         learner = session.learners[0]
-        learner.begin_epoch(0, lambda _: iter(()))
-        times = []
-        for number, batch in enumerate(session.stream.epoch(0)):
-            began = time.perf_counter()
-            learner.step(batch, session.mentors.answer(batch), 0, number, number)
-            learner.check()  # waits for the device, so the clock is true
-            times.append(time.perf_counter() - began)
-            if number == 2:
-                break
-        return f"the fastest of {len(times)} dry steps", min(times), len(session.stream)
+        found: dict[str, tuple[int, float]] = {}
+        start = 0
+        for phase in learner.phases:
+            epochs, update = found.get(phase.name, (0, 0.0))
+            if not epochs and phase.epochs:
+                learner.begin_epoch(start, lambda one: _glimpse(session, one))
+                update = _timed(session, start)
+            found[phase.name], start = (epochs + phase.epochs, update), start + phase.epochs
+        return Cost(found, len(session.stream))
+
+
+def _timed(session: Session, epoch: int) -> float:
+    """Seconds of the fastest of a few steps of the one learner."""
+    learner, times = session.learners[0], []
+    for number, batch in enumerate(itertools.islice(session.stream.epoch(epoch), TRIES)):
+        began = time.perf_counter()
+        learner.step(batch, session.mentors.answer(batch), epoch, number, number)
+        learner.check()  # waits for the device, so the clock is true
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _glimpse(session: Session, learner: Learner) -> Iterator[Lesson]:
+    """A batch of a method's look through the training set."""
+    batch = next(session.data.train.plain(session.config.batch_size, session.stream.device))
+    yield learner.lesson(batch, session.mentors.answer(batch), 0.0, 0)
 
 
 def _bank_words(recipe: Recipe, classroom: Classroom, device: torch.device) -> str:

@@ -373,7 +373,9 @@ def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -
     name = recipe.method.label
     if len(classroom.mentors) < method.teachers:
         raise RecipeError(
-            f"method {name} learns from mentors, and none is named", hint="Add --teacher NAME (and --peers A,B)."
+            f"method {name} learns from mentors, and {len(classroom.mentors) or 'none'} is named, where it needs "
+            f"{method.teachers}",
+            hint="Add --teacher NAME (and --peers A,B).",
         )
     if "hard_target" in method.needs and (recipe.train.mixup or recipe.train.cutmix):
         raise RecipeError(

@@ -166,8 +166,9 @@ class Recipe(Section):
         if own.named(self.method.name):
             plain["method"]["name"] = f"{own.digest(self.method.name)}:{self.method.label}"
         for one in plain.get("stage", []):
-            if "method" in one and own.named(one["method"]["name"]):
-                one["method"]["name"] = f"{own.digest(one['method']['name'])}:{own.label(one['method']['name'])}"
+            one |= {"method": _floats(one["method"]), "train": _floats(one["train"])}
+            if one["method"] and own.named(name := one["method"]["name"]):
+                one["method"]["name"] = f"{own.digest(name)}:{own.label(name)}"
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def toml(self) -> str:

@@ -170,7 +170,7 @@ def test_no_step_counts_on_the_global_generator(tmp_path: Path) -> None:
     ("method", "over", "says", "cure"),
     [
         ("classroom", {"train.mixup": 0.2}, "one true class", "train.mixup=0"),
-        ("classroom", {"train.accumulate": 2}, "whole batches", "ranking=sample"),
+        ("classroom", {"train.accumulate": 2}, "a whole batch", "ranking=sample"),
         ("kd", {"classroom.teacher": None, "classroom.peers": []}, "learns from mentors", "--teacher"),
         ("nokd", {"train.batch_size": 64}, "training set of digits, 30 images", "train.batch_size=4"),
         ("nokd", {"train.optimizer": "admw"}, "admw", "adamw"),

@@ -167,9 +167,11 @@ def test_a_graduate_of_another_version_is_named(taught):
 @pytest.mark.parametrize(
     ("spec", "size"),
     [
-        ("zoo:cifar_mobilenetv2", 32),
+        ("zoo:cifar_vgg8", 32),
         ("timm:resnet10t", 48),
-        ("torchvision:shufflenet_v2_x0_5", 64),
+        ("torchvision:resnet18", 32),
+        pytest.param("zoo:cifar_mobilenetv2", 32, marks=pytest.mark.slow),
+        pytest.param("torchvision:shufflenet_v2_x0_5", 64, marks=pytest.mark.slow),
         pytest.param("timm:mobilenetv3_small_050", 64, marks=pytest.mark.slow),
         pytest.param("torchvision:mobilenet_v3_small", 64, marks=pytest.mark.slow),
         pytest.param("timm:swin_tiny_patch4_window7_224", 224, marks=pytest.mark.slow),

@@ -57,7 +57,7 @@ def check(
     found = room.look(config, devices.pick(device), images)
     facts = {**asdict(found), "notes": [*notes, *found.notes]}
     if not json:
-        _show_room(found, notes, config.train.epochs)
+        _show_room(found, notes)
     verdicts = []
     if own.named(config.method.name):
         facts["contract"] = _contract(config.method.name, config.method.options, device, json)
@@ -74,7 +74,7 @@ def check(
     show.next_line(again)
 
 
-def _show_room(found, notes, epochs) -> None:
+def _show_room(found, notes) -> None:
     from kdcli.cli import show
 
     show.notes([*notes, *found.notes])
@@ -90,7 +90,7 @@ def _show_room(found, notes, epochs) -> None:
         show.line("", f"taps of {name}: {listed}")
     for line in found.words:
         show.line("", line)
-    show.line("", f"{epochs} epochs: about {show.duration(found.seconds)}")
+    show.line("", f"{found.epochs} epochs: about {show.duration(found.seconds)}")
     for line in found.warnings:
         show.line("warning:", line, style="yellow")
 

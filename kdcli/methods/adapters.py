@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdcli.errors import RecipeError, did_you_mean
+from kdcli.methods.base import View
 
 
 def pair(student: dict[str, Tensor], mentor: dict[str, Tensor]) -> list[tuple[str, str]]:
@@ -17,6 +18,17 @@ def pair(student: dict[str, Tensor], mentor: dict[str, Tensor]) -> list[tuple[st
     ours, theirs = ([tap for tap in maps if not tap.endswith(".pre")] for maps in (student, mentor))
     n = min(len(ours), len(theirs))
     return list(zip(ours[len(ours) - n :], theirs[len(theirs) - n :], strict=True))
+
+
+def stages(view: View) -> dict[str, Tensor]:
+    """One model's stages in order. In a `compare` its maps may also hold what came before their activations (`.pre`),
+    which another method asked for."""
+    return {name: x for name, x in view.stages.items() if not name.endswith(".pre")}
+
+
+def last(view: View) -> Float[Tensor, "B C H W"]:
+    """One model's last stage."""
+    return list(stages(view).values())[-1]
 
 
 def tap(maps: dict[str, Tensor], name: str, who: str, option: str) -> str:

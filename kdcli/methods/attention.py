@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.attention import semckd_loss, similarity, spatial_matching, stage_attention
-from kdcli.methods.adapters import conv_bn_relu, fit, pooled_to
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
-
-Weight = Annotated[float, Field(ge=0)]
+from kdcli.methods.adapters import conv_bn_relu, fit, last, pooled_to, stages
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
 
 
 class SMKD(Method):
@@ -42,7 +40,7 @@ class SMKD(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
-        cin, cout = _last(lesson.student.stages).shape[1], _last(lesson.teacher.stages).shape[1]
+        cin, cout = last(lesson.student).shape[1], last(lesson.teacher).shape[1]
 
         def embedding() -> nn.Module:
             return nn.Sequential(nn.Conv2d(cin, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout))
@@ -51,7 +49,7 @@ class SMKD(Method):
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         out = lesson.student.out.float()
-        ours, theirs = fit(_last(lesson.student.stages), _last(lesson.teacher.stages))
+        ours, theirs = fit(last(lesson.student), last(lesson.teacher))
         matched = spatial_matching(self.query(ours), theirs, self.value(ours), form=self.form)
         terms = {
             "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
@@ -68,6 +66,9 @@ class SemCKD(Method):
     Chen et al. 2021 (arXiv 2012.03236). What goes into the attention is a batch's similarity matrix, so its layers are
     as wide as a batch: a batch of another size (the short last one) brings its CE and KD terms alone, as the public
     loop leaves such batches out. A data set smaller than one batch is refused.
+
+    detach: whether the student's similarity matrices are a description only. The definition says neither; with a
+        gradient through them the published rate and weight diverged on the digits.
     """
 
     needs = frozenset({"maps", "full_batches", "pairs"})
@@ -80,10 +81,11 @@ class SemCKD(Method):
         tau: Temperature = 4.0,
         factor: Annotated[int, Field(ge=1)] = 4,
         soft: Annotated[float, Field(gt=0)] = 1.0,
+        detach: bool = True,
     ) -> None:
         super().__init__()
         self.outer_weight, self.ce_weight, self.kd_weight, self.tau = outer_weight, ce_weight, kd_weight, tau
-        self.factor, self.soft = factor, soft
+        self.factor, self.soft, self.detach = factor, soft, detach
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
@@ -94,7 +96,7 @@ class SemCKD(Method):
                 f"{len(room.data.train)} images",
                 hint=f"--set train.batch_size={len(room.data.train)}",
             )
-        ours, theirs = lesson.student.stages, lesson.teacher.stages
+        ours, theirs = stages(lesson.student), stages(lesson.teacher)
         width = max(self.batch // self.factor, 1)
 
         def embedding() -> nn.Module:
@@ -113,9 +115,10 @@ class SemCKD(Method):
             "teacher": self.kd_weight * lesson.task.soft(out, lesson.teacher.out, self.tau).mean(),
         }
         if len(out) == self.batch:
-            ours, theirs = list(lesson.student.stages.values()), list(lesson.teacher.stages.values())
+            ours, theirs = list(stages(lesson.student).values()), list(stages(lesson.teacher).values())
+            described = [x.detach() for x in ours] if self.detach else ours
             attention = stage_attention(
-                torch.stack([_embedded(mlp, x) for mlp, x in zip(self.queries, ours, strict=True)]),
+                torch.stack([_embedded(mlp, x) for mlp, x in zip(self.queries, described, strict=True)]),
                 torch.stack([_embedded(mlp, x) for mlp, x in zip(self.keys, theirs, strict=True)]),
                 soft=self.soft,
             )
@@ -125,10 +128,6 @@ class SemCKD(Method):
             ]
             terms["features"] = self.outer_weight * semckd_loss(attention, torch.stack(rows, 1))
         return terms
-
-
-def _last(stages: dict[str, Tensor]) -> Tensor:
-    return list(stages.values())[-1]
 
 
 def _embedded(mlp: nn.Module, x: Tensor) -> Tensor:

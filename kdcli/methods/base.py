@@ -18,6 +18,13 @@ Terms = dict[str, Tensor]
 """Named weighted scalar terms; their sum is the loss. `hard` is the task's own, all others teach."""
 Temperature = Annotated[float, Field(gt=0)]
 """An option that logits are divided by."""
+Weight = Annotated[float, Field(ge=0)]
+"""An option that a term is multiplied by."""
+Share = Annotated[float, Field(ge=0, le=1)]
+"""An option that divides 1 among two."""
+Count = Annotated[int, Field(ge=1)]
+Epochs = Annotated[int, Field(ge=0)]
+"""An option that counts epochs; 0: none."""
 
 
 Maps = dict[str, Tensor]

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from kdcli import device as devices
 from kdcli.errors import RecipeError
 from kdcli.losses import contrast as losses
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
+from kdcli.methods.base import Count, Lesson, Method, Phase, Room, Temperature, Terms, Weight
 
-Count = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Contrast(nn.Module):
@@ -142,7 +140,7 @@ class CRD(Method):
         feat_dim: Count = 128,
         nce_k: Count = 16384,
         temperature: Temperature = 0.07,
-        momentum: Share = 0.5,
+        momentum: Momentum = 0.5,
         ce_weight: Weight = 1.0,
         outer_weight: Weight = 0.8,
     ) -> None:

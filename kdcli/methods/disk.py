@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from kdcli.errors import RecipeError
 from kdcli.losses import disk, log_mark
 from kdcli.losses.disk import TeacherTarget
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
+from kdcli.methods.base import Count, Lesson, Method, Phase, Room, Share, Temperature, Terms, View, Weight
 from kdcli.methods.heads import borrow
 from kdcli.recipe import TrainConfig
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
 FIRST_GUIDE_EPOCHS = 5  # in the authors' code the guide has these before the student's first round
 
 

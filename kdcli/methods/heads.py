@@ -14,10 +14,9 @@ from kdcli.classroom import Member
 from kdcli.errors import RecipeError
 from kdcli.graduates import Graduate, Spec
 from kdcli.losses.heads import ofa_loss
-from kdcli.methods.adapters import fit
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
+from kdcli.methods.adapters import fit, last, stages
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
 
-Weight = Annotated[float, Field(ge=0)]
 NEAR = 0.05  # of the largest number: how far a pooled map may be from the classifier's input, for precision's sake
 TOKEN_GRID, TOKEN_HEADS = 7, 4
 
@@ -39,6 +38,8 @@ class SRRL(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
+        assert room.teacher is not None
+        room.teacher.check_head()
         cin, cout = lesson.student.vectors.shape[1], lesson.teacher.vectors.shape[1]
         self.connector = nn.Sequential(nn.Linear(cin, cout, bias=False), nn.BatchNorm1d(cout), nn.ReLU())
 
@@ -109,7 +110,7 @@ def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
             hint=f"Start from the architecture itself: {student.architecture.full}@none.",
         )
     (weight, bias), tail = classifier(teacher), _before_pooling(teacher, lesson)
-    size = list(_last(lesson.teacher).shape[2:])
+    size = list(last(lesson.teacher).shape[2:])
     spec = Spec(width=weight.shape[1], classes=weight.shape[0], bias=bias is not None, size=size, factor=factor)
     graduate = Graduate(student.net, spec, student.input_size, student.architecture.full)
     with torch.no_grad():
@@ -121,14 +122,10 @@ def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
 
     def two_maps(lesson: Lesson) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            theirs = tail(_last(lesson.teacher))
-        return fit(_last(lesson.student), theirs)  # a graduate's last map is the projected one
+            theirs = tail(last(lesson.teacher))
+        return fit(last(lesson.student), theirs)  # a graduate's last map is the projected one
 
     return two_maps
-
-
-def _last(view: View) -> Tensor:
-    return list(view.stages.values())[-1]
 
 
 def _before_pooling(teacher: Member, lesson: Lesson) -> Callable[[Tensor], Tensor]:
@@ -136,7 +133,7 @@ def _before_pooling(teacher: Member, lesson: Lesson) -> Callable[[Tensor], Tenso
 
     Found by trying: the map's average must be what its classifier is given. Raises RecipeError where none is.
     """
-    net, x, pooled = teacher.net, _last(lesson.teacher), lesson.teacher.vectors
+    net, x, pooled = teacher.net, last(lesson.teacher), lesson.teacher.vectors
     tail, norm = getattr(net, "tail", None), getattr(net, "norm", None)
     ways: list[Callable[[Tensor], Tensor]] = [lambda x: x]
     if isinstance(tail, nn.Module):  # the zoo's: a wide residual network's last norm and ReLU
@@ -202,7 +199,8 @@ class OFA(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
-        maps, n = list(lesson.student.stages.items()), len(lesson.student.stages)
+        maps = list(stages(lesson.student).items())
+        n = len(maps)
         self.stages = self.stages or list(range(1, n + 1))
         if bad := [k for k in self.stages if not 1 <= k <= n]:
             raise RecipeError(
@@ -219,12 +217,12 @@ class OFA(Method):
         self.projectors.apply(_initialise)
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        out, teacher, stages = lesson.student.out, lesson.teacher.out, lesson.student.stages
+        out, teacher, maps = lesson.student.out, lesson.teacher.out, lesson.student.stages
 
         def taught(answer: Tensor) -> Tensor:
             return ofa_loss(answer, teacher, lesson.target, eps=self.eps, tau=self.tau).mean()
 
-        each = [taught(projector(stages[name])) for name, projector in self.projectors.items()]
+        each = [taught(projector(maps[name])) for name, projector in self.projectors.items()]
         return {
             "hard": self.gt * lesson.task.hard(out, lesson.target).mean(),
             "teacher": self.kd * taught(out),

@@ -1,14 +1,7 @@
 """Single-teacher methods that read logits alone: DKD, NKD, DIST, WSLD. Each adds its own term to cross-entropy."""
 
-from typing import Annotated
-
-from pydantic import Field
-
 from kdcli import losses
-from kdcli.methods.base import Lesson, Method, Phase, Temperature, Terms
-
-Epochs = Annotated[int, Field(ge=0)]
-"""An option that counts epochs; 0: none."""
+from kdcli.methods.base import Epochs, Lesson, Method, Phase, Temperature, Terms
 
 
 def warm_up(lesson: Lesson, epochs: int) -> float:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from kdcli.errors import RecipeError
 from kdcli.losses import maps as losses
 from kdcli.methods import adapters
-from kdcli.methods.base import Lesson, Method, Phase, Room, Terms
+from kdcli.methods.base import Lesson, Method, Phase, Room, Terms, Weight
 
-Weight = Annotated[float, Field(ge=0)]
 Taps = Annotated[list[str], Field(min_length=1)]
 """The student's taps, each with the teacher's tap that `adapters.pair` gives it, or with one named: `stage2:stage3`."""
 KERNEL = 9

@@ -20,7 +20,7 @@ from kdcli.methods import adapters
 from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
 from kdcli.models.rest import Rest
 
-Count = Annotated[int, Field(ge=2)]
+Many = Annotated[int, Field(ge=2)]
 Epochs = Annotated[float, Field(ge=0)]
 APART = 1_000_003  # between the seeds of students that learn together: those of `--seeds` lie side by side
 
@@ -112,14 +112,14 @@ class Cohort(Method):
 class DML(Cohort):
     """Zhang et al. 2018, "Deep Mutual Learning", arXiv 1706.00384.
 
-    students: how many; or cohort: the others' architectures. form: everyone learns from every other (`pairwise`) or
-    from their mean logits (`ensemble`). The paper has no temperature (tau = 1); 3 is the benchmark's.
+    students: how many; or cohort: the others' architectures. form: everyone learns from every other (`pairwise`), or
+    all from the others' mean logits (`ensemble`). The paper has no temperature (tau = 1); 3 is the benchmark's.
     variant: `official` is OKDDip's code, in which gradient flows into the targets too.
     """
 
     def __init__(
         self,
-        students: Count = 2,
+        students: Many = 2,
         cohort: list[str] = [],  # noqa: B006 (read only)
         tau: Temperature = 3.0,
         alpha: float = 1.0,
@@ -146,7 +146,7 @@ class ONE(Cohort):
 
     def __init__(
         self,
-        branches: Count = 3,
+        branches: Many = 3,
         tau: Temperature = 3.0,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -232,7 +232,7 @@ class FFL(Cohort):
 
     def __init__(
         self,
-        students: Count = 2,
+        students: Many = 2,
         cohort: list[str] = [],  # noqa: B006 (read only)
         form: Literal["branches", "networks"] = "branches",
         tau: Temperature = 3.0,

@@ -1,13 +1,7 @@
 """Methods that match how a batch's pooled vectors lie to each other: the two networks' widths may differ."""
 
-from typing import Annotated
-
-from pydantic import Field
-
 from kdcli.losses import relations as losses
-from kdcli.methods.base import Lesson, Method, Phase, Terms
-
-Weight = Annotated[float, Field(ge=0)]
+from kdcli.methods.base import Lesson, Method, Phase, Terms, Weight
 
 
 class PKT(Method):

@@ -13,8 +13,7 @@ from kdcli.errors import RecipeError
 from kdcli.losses.several import confidence_weights, entropy_weights, least_norm_weights, mean_gradients
 from kdcli.methods import adapters
 from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
-
-ALIKE = 0.05  # of the largest logit: two precisions of one classifier differ by less, another classifier by more
+from kdcli.models.rest import Rest
 
 
 class EBKD(Method):
@@ -44,6 +43,7 @@ class CAMKD(Method):
     """Zhang et al. 2022, arXiv 2201.00007, "Confidence-Aware Multi-Teacher Knowledge Distillation".
 
     beta, feature: weights of the logit part and of the feature part. wide: the projectors' three-convolution form.
+    The student's map, projected, is judged by what the teacher does with its own last map, frozen and in eval mode.
     variant: `official` divides both parts by M once more, and lets gradient flow through the feature part's weights.
     Every teacher's map is met by the student's original one: the authors' code goes on from the copy it resized for
     the teacher before.
@@ -68,6 +68,7 @@ class CAMKD(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         self.projectors = nn.ModuleList()
+        self.rests: list[Rest] = []
         if not self.feature:
             return
         assert lesson is not None
@@ -75,7 +76,7 @@ class CAMKD(Method):
         width = _last(lesson.student).shape[1]
         for m, mentor in enumerate(room.mentors):
             map_ = _last(lesson.mentors.of(m))
-            _check_classifier(mentor, map_, lesson.mentors_out[m])
+            self.rests.append(_rest(mentor, map_))
             self.projectors.append(_projector(width, map_.shape[1], wide=self.wide))
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
@@ -95,11 +96,12 @@ class CAMKD(Method):
     def _features(self, lesson: Lesson) -> Float[Tensor, ""]:
         assert lesson.mentors is not None
         ours, far, probes = _last(lesson.student), [], []
-        for m, (mentor, project) in enumerate(zip(self.room.mentors, self.projectors, strict=True)):
+        for m, (mentor, project, rest) in enumerate(zip(self.room.mentors, self.projectors, self.rests, strict=True)):
             theirs = _last(lesson.mentors.of(m))
             mine = project(adapters.resized_to(ours, (theirs.shape[2], theirs.shape[3])))
             far.append((mine - theirs).square().flatten(1).mean(1))  # [B]
-            probes.append(mentor.classify(mine.mean((2, 3))))
+            probe, _, _ = rest(mine)
+            probes.append(probe if mentor.class_index is None else probe.index_select(-1, mentor.class_index))
         w = confidence_weights(self._wrong(torch.stack(probes), lesson.target))
         if not self.official:
             w = w.detach()
@@ -166,16 +168,17 @@ def _projector(cin: int, cout: int, *, wide: bool) -> nn.Module:
     )
 
 
-def _check_classifier(mentor: Member, map_: Float[Tensor, "B C H W"], out: Float[Tensor, "B K"]) -> None:
-    """Raise RecipeError unless the mentor's answer is its classifier's to the average of its last map."""
-    fits = mentor.width == map_.shape[1]
-    if fits:
-        said = mentor.classify(map_.mean((2, 3)))
-        fits = bool((said - out).abs().max() <= ALIKE * out.abs().max())
-    if not fits:
+def _rest(mentor: Member, map_: Float[Tensor, "B C H W"]) -> Rest:
+    """What the mentor makes of its last map: pooling and classifier, and what may come before those.
+
+    Raises RecipeError where that is more than its last map.
+    """
+    try:
+        stages = [stage for stage in mentor.taps() if stage.startswith("stage")]
+        return Rest(mentor.net, mentor.head, mentor.input_size, mentor.name, stages[-1])
+    except RecipeError as error:
         raise RecipeError(
-            f"method.feature: the classifier of {mentor.name} does not take the average of its last map "
-            f"({'x'.join(map(str, map_.shape[1:]))}), so it cannot judge the student's",
-            hint="--set method.feature=0 leaves the feature part out, or choose a teacher with one linear layer after "
-            "average pooling (resnet, wrn, vgg of the zoo).",
-        )
+            f"method.feature: the classifier of {mentor.name} does not take its last map "
+            f"({'x'.join(map(str, map_.shape[1:]))}) alone, so it cannot judge the student's",
+            hint="--set method.feature=0 leaves the feature part out, or choose a convolutional teacher.",
+        ) from error

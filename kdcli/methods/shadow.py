@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.heads import standardise
-from kdcli.methods.adapters import conv_bn_relu, resized_to
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
+from kdcli.methods.adapters import conv_bn_relu, resized_to, stages
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
 
-Weight = Annotated[float, Field(ge=0)]
 MAPS = 3
 
 
@@ -40,23 +39,23 @@ class SHAKE(Method):
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
         assert room.teacher is not None
-        stages, width = lesson.teacher.stages, room.teacher.width
-        names = list(stages)
-        ends = [n for n, name in enumerate(names) if stages[name].shape[1] == width and n >= MAPS - 1]
+        maps, width = stages(lesson.teacher), room.teacher.width
+        names = list(maps)
+        ends = [n for n, name in enumerate(names) if maps[name].shape[1] == width and n >= MAPS - 1]
         if not ends:
-            shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape[1:]))}" for name, x in stages.items())
+            shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape[1:]))}" for name, x in maps.items())
             raise RecipeError(
                 f"classroom.teacher: {room.teacher.name}'s classifier takes {width} numbers, and no map of its with "
                 f"two before it has as many channels ({shapes})",
                 hint="Choose a teacher that ends in pooling and one linear layer (a ResNet, VGG of the zoo, RegNet).",
             )
         self.taps = names[ends[-1] - MAPS + 1 : ends[-1] + 1]
-        self.shadow = Shadow([stages[tap] for tap in self.taps])
+        self.shadow = Shadow([maps[tap] for tap in self.taps])
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        task, target, stages = lesson.task, lesson.target, lesson.teacher.stages
+        task, target, maps = lesson.task, lesson.target, stages(lesson.teacher)
         assert self.room.teacher is not None
-        vectors = self.shadow([stages[tap].detach() for tap in self.taps])
+        vectors = self.shadow([maps[tap].detach() for tap in self.taps])
 
         def scaled(out: Tensor) -> Tensor:
             return standardise(out, logit_scale=self.logit_scale, eps=self.eps)

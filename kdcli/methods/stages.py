@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.stages import boundary_loss, factor_loss
-from kdcli.methods.adapters import fit, pair
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
+from kdcli.methods.adapters import fit, last, pair
+from kdcli.methods.base import Epochs, Lesson, Method, Phase, Room, Temperature, Terms, Weight
 from kdcli.recipe import TrainConfig
 
-Weight = Annotated[float, Field(ge=0)]
-Epochs = Annotated[int, Field(ge=0)]
 AB_SCALE = 3 / 1000  # of the published recipe
 SLOPE = 0.1
 
@@ -57,7 +55,7 @@ class FT(Method):
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
         assert lesson is not None
-        ours, theirs = _last(lesson.student.stages), _last(lesson.teacher.stages)
+        ours, theirs = last(lesson.student), last(lesson.teacher)
         if (
             self.variant == "official"
             and min(ours.shape[2], theirs.shape[2]) * min(ours.shape[3], theirs.shape[3]) == 1
@@ -93,12 +91,12 @@ class FT(Method):
         return [*phases[: self.init_epochs], Phase("main", train.epochs, ("student",), train)]
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        theirs, hard = _last(lesson.teacher.stages), lesson.task.hard(lesson.student.out, lesson.target).mean()
+        theirs, hard = last(lesson.teacher), lesson.task.hard(lesson.student.out, lesson.target).mean()
         if phase.name == "paraphraser":
             return {"hard": 0 * hard, "reconstruction": F.mse_loss(self.paraphraser(theirs), theirs)}
         with torch.no_grad():
             factor = self.paraphraser[0](theirs)
-        ours, factor = fit(self.translator(_last(lesson.student.stages)), factor)
+        ours, factor = fit(self.translator(last(lesson.student)), factor)
         terms = {
             "hard": self.ce_weight * hard,
             "factors": self.outer_weight * factor_loss(ours, factor, p1=self.p1, p2=self.p2, variant=self.variant),
@@ -167,10 +165,6 @@ def initial(train: TrainConfig, epochs: int) -> TrainConfig:
     """How an initial stage of so many epochs is trained: as the rest, at a constant rate."""
     steady = {"schedule": "constant", "warmup_epochs": 0, "min_lr": 0.0, "decay_epochs": []}
     return train.model_copy(update={"epochs": max(epochs, 1), **steady})
-
-
-def _last(stages: dict[str, Tensor]) -> Tensor:
-    return list(stages.values())[-1]
 
 
 def _before(stages: dict[str, Tensor], tap: str) -> str:

@@ -2,23 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from kdcli.losses import contrast as losses
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
-from kdcli.methods.contrast import Contrast, Count, Share, Weight
+from kdcli.methods.base import Count, Lesson, Method, Phase, Room, Share, Temperature, Terms, View, Weight
+from kdcli.methods.contrast import Contrast, Momentum
 from kdcli.methods.plain import KD
 
 if TYPE_CHECKING:
     from kdcli.classroom import Member
     from kdcli.recipe import TrainConfig
-
-Mix = Annotated[float, Field(ge=0, le=1)]
-"""An option that divides 1 among two."""
 
 
 def noisy(x: Tensor, noise_weight: float, generator: torch.Generator, std: float = 1.0) -> Tensor:
@@ -41,10 +37,10 @@ class Perspectives(Method):
         self,
         method: Method,
         n: Count = 3,
-        noise_weight: Mix = 0.1,
+        noise_weight: Share = 0.1,
         weight_original: Weight = 1.0,
         weight_augmented: Weight = 0.8,
-        lambda_: Mix | None = None,
+        lambda_: Share | None = None,
     ) -> None:
         super().__init__()
         self.method, self.n, self.noise_weight = method, n, noise_weight
@@ -112,12 +108,12 @@ class TeKAP(Method):
         parts: Literal["logits", "features", "both"] = "logits",
         tau: Temperature = 4.0,
         n: Count = 3,
-        noise_weight: Mix = 0.1,
+        noise_weight: Share = 0.1,
         weight_original: Weight = 1.0,
         weight_augmented: Weight = 0.8,
-        lambda_: Mix | None = None,
+        lambda_: Share | None = None,
         feature_n: Count = 1,
-        feature_noise_weight: Mix = 0.1,
+        feature_noise_weight: Share = 0.1,
         feature_noise_std: Weight = 0.1,
         ce_weight: Weight | None = None,
         logit_weight: Weight | None = None,
@@ -125,7 +121,7 @@ class TeKAP(Method):
         feat_dim: Count = 128,
         nce_k: Count = 16384,
         temperature: Temperature = 0.07,
-        momentum: Share = 0.5,
+        momentum: Momentum = 0.5,
     ) -> None:
         super().__init__()
         usual = {"logits": (0.1, 0.9, 0.0), "features": (1.0, 0.0, 0.8), "both": (1.0, 1.0, 0.8)}[parts]

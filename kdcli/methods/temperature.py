@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import nn
 
 from kdcli import losses
-from kdcli.methods.base import Lesson, Method, Phase, Temperature, Terms
-from kdcli.methods.logits import Epochs, warm_up
+from kdcli.methods.base import Epochs, Lesson, Method, Phase, Temperature, Terms
+from kdcli.methods.logits import warm_up
 
 
 class CTKD(Method):

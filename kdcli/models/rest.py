@@ -1,6 +1,5 @@
 """The rest of a network after one of its stages: what branches that share a beginning are made of."""
 
-import copy
 import math
 from typing import Any
 
@@ -59,18 +58,21 @@ class Rest:
     def _find(self, net: nn.Module, size: int, name: str, after: str) -> tuple[list[str], int, int | None]:
         """What the network does, step by step, and after which steps the stage and the last one are there.
 
-        A step is known by its answer. In a fresh network blocks may do nothing yet, so a copy is asked whose norms and
-        scales do.
+        A step is known by its answer. In a fresh network blocks may do nothing yet, so meanwhile norms and scales are
+        given values with which they do.
         """
-        net = copy.deepcopy(net).eval()
-        for p in net.parameters():
-            if p.ndim == 1:
-                nn.init.uniform_(p, 0.5, 1.5, generator=torch.Generator(p.device).manual_seed(0))
-        x = _probe(net, size)
-        _, maps = Taps(net, size, name)(x)
-        graph = _trace(net)
-        finder = _Finder(fx.GraphModule(net, graph), maps[after], list(maps.values())[-1])
-        finder.run(x)
+        scales = [(p, p.clone()) for p in net.eval().parameters() if p.ndim == 1]
+        for p, _ in scales:
+            nn.init.uniform_(p, 0.5, 1.5, generator=torch.Generator(p.device).manual_seed(0))
+        try:
+            x = _probe(net, size)
+            _, maps = Taps(net, size, name)(x)
+            graph = _trace(net)
+            finder = _Finder(fx.GraphModule(net, graph), maps[after], list(maps.values())[-1])
+            finder.run(x)
+        finally:
+            for p, value in scales:
+                p.copy_(value)
         if finder.found[0] is None:
             raise self._refusal("no step of it answers that stage's map")
         return _steps(graph), finder.found[0], finder.found[1]

@@ -1,5 +1,6 @@
 """kdcli check: the classroom's table, measured, and a warning for a mentor that guesses."""
 
+import pytest
 import torch
 from cli_kit import CLASSROOM, PEER, STUDENT, TEACHER, TINY, add_mentors, kdcli
 
@@ -50,6 +51,23 @@ def test_only_as_many_images_are_scored_as_asked():
     add_mentors(TEACHER)
     said = kdcli("check", "--teacher", TEACHER, "--student", STUDENT, "--data", "digits", *TINY, "--images", "100")
     assert "mentors scored on 100 of 360 test images" in said.out
+
+
+@pytest.mark.parametrize(
+    ("method", "sets", "epochs", "phases"),
+    [
+        ("ft", ["method.init_epochs=4"], 5, ["paraphraser", "main"]),
+        ("disk", ["train.epochs=3"], 6, ["guide", "student"]),
+    ],
+)
+def test_every_phase_is_tried_and_counted(method: str, sets: list[str], epochs: int, phases: list[str]) -> None:
+    add_mentors(TEACHER)
+    options = [word for one in sets for word in ("--set", one)]
+    alone = ["--teacher", TEACHER, "--student", STUDENT, "--data", "digits", "--method", method]
+    said = kdcli("check", *alone, *TINY, *options, "--images", "50").out
+    assert f"{epochs} epochs: about" in said
+    for phase in phases:
+        assert f"one step of phase {phase} (" in " ".join(said.split())
 
 
 def test_a_recipe_is_checked_and_named_again_in_the_next_line(here):

@@ -22,7 +22,7 @@ from kdcli.methods.disk import DiSK
 from kdcli.recipe import TrainConfig
 
 
-def room(batch: int = 6, epochs: int = 4, student: str = "zoo", teacher: Any = "zoo8", **options: Any) -> Class:
+def room(batch: int = 6, epochs: int = 4, student: str = "zoo", teacher: Any = "wide", **options: Any) -> Class:
     return Class(methods.build("disk", options), student, teacher, batch, epochs=epochs)
 
 
@@ -193,7 +193,7 @@ def test_terms_are_eq_5(options):
 def test_the_guide_is_the_papers():
     guide = list(room().method.learners()["guide"].children())
     assert [(m.in_features, m.out_features) for m in guide if isinstance(m, nn.Linear)] == [
-        (256 + 10, 64),  # pooled vectors and logits of the teacher
+        (40 + 10, 64),  # pooled vectors and logits of the teacher
         (64, 128),
         (128, 1),
     ]

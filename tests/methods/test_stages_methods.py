@@ -10,6 +10,8 @@ from kdcli.errors import RecipeError
 from kdcli.losses.stages import boundary_loss, factor_loss
 from kdcli.methods.adapters import fit, pair
 from kdcli.methods.attention import SMKD, SemCKD
+from kdcli.methods.heads import OFA, SimKD
+from kdcli.methods.shadow import SHAKE
 from kdcli.methods.stages import AB, FT, initial
 from kdcli.recipe import TrainConfig
 
@@ -210,3 +212,26 @@ def test_semckd_refuses_data_smaller_than_a_batch():
     with pytest.raises(RecipeError, match="batch_size = 25") as caught:
         Class(SemCKD(), batch=25)
     assert "train.batch_size=24" in caught.value.hint
+
+
+@pytest.mark.parametrize("make", [FT, SMKD, SemCKD, SimKD, OFA, SHAKE])
+def test_what_another_method_asked_for_changes_nothing(make):
+    """In a `compare` beside AB the mentors' maps also hold what came before activations."""
+    room = Class(make())
+    alone = {key: x.item() for key, x in room.loss().items()}
+    for norm in room.student.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+    room.method.needs |= {"pre"}
+    assert any(name.endswith(".pre") for name in room.lesson().teacher.stages)
+    assert {key: x.item() for key, x in room.loss().items()} == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_semckd_attends_through_similarities_only_when_told(detach):
+    """The projectors are stopped, so what is left to the student is the way through the attention."""
+    room = Class(SemCKD(detach=detach), batch=8)
+    for parameter in room.method.projectors.parameters():
+        nn.init.zeros_(parameter)  # what they give no longer depends on the student
+    grads = torch.autograd.grad(room.loss()["features"], list(room.student.parameters()), allow_unused=True)
+    assert any(grad is not None and bool(grad.abs().sum() > 0) for grad in grads) != detach
