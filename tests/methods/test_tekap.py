@@ -229,7 +229,7 @@ def test_everything_of_the_method_goes_through(monkeypatch):
     [
         ("dkd", {"m": 3}, r"there: method\.tekap\.m: tekap has no such option", "Allowed: n, noise_weight, "),
         ("dkd", {"noise_wieght": 0.1}, r"method\.tekap\.noise_wieght", "noise_weight"),
-        ("dkd", {"n": 0}, r"method\.tekap\.n: .*greater than 0", ""),
+        ("dkd", {"n": 0}, r"method\.tekap\.n: .*greater than or equal to 1", ""),
         ("dkd", {"noise_weight": 2}, r"method\.tekap\.noise_weight: .*less than or equal to 1", ""),
         ("dkd", {"method": 1}, r"method\.tekap\.method", ""),
         ("dkd", 3, r"method\.tekap: true, or a table.*3", "method.tekap.n=3"),
