@@ -7,10 +7,10 @@ Cross-entropy, KD and DiSK from `runs` initialisations on one data set; the tabl
 95 % Wilson intervals. All runs are one tensor program, [R, ...] in front of everything, on the losses of kdcli.losses;
 steps are over all the data. What the appendix leaves open, and what was taken, stands at `Intervals` and `Gaussians`;
 SETTINGS holds settings of the stated grids: KD's the nearest to its published row and the one with most runs in C,
-DiSK's the best of some 250 tried by hand and at random, and its defaults. Read with care: what the appendix leaves open was
-chosen so that cross-entropy comes out as published, the data's draw (of three seen) because it favours neither minimum,
-the teacher set to the true intervals since a trained one's ends had moved. So the cross-entropy row proves nothing, and
-DiSK's is what a search can reach, its defaults what comes without one.
+DiSK's the best of some 250 tried by hand and at random, and its defaults. Read with care: what the appendix leaves
+open was chosen so that cross-entropy comes out as published, the data's draw (of three seen) because it favours
+neither minimum, the teacher set to the true intervals since a trained one's ends had moved. So the cross-entropy row
+proves nothing, and DiSK's is what a search can reach, its defaults what comes without one.
 """
 
 import argparse
