@@ -21,6 +21,7 @@ from kdcli.data import Batch, DataSet
 from kdcli.errors import DivergedError, RecipeError, did_you_mean
 from kdcli.evaluate import Score
 from kdcli.methods import Lesson, Room, Terms, View
+from kdcli.models.taps import is_pre
 from kdcli.recipe import Recipe, TrainConfig
 from kdcli.run import Run
 from kdcli.tally import Tally
@@ -241,7 +242,10 @@ class Learner:
 
     def _mine(self, mentors: View | None) -> View | None:
         """Of the mentors' answer what this learner would be given if it were alone."""
-        return mentors.deep if mentors is not None and mentors.deep is not None and self.needs else mentors
+        view = mentors.deep if mentors is not None and mentors.deep is not None and self.needs else mentors
+        if view is None or not isinstance(view.maps, tuple) or "pre" in self.needs:
+            return view
+        return replace(view, maps=tuple({tap: x for tap, x in each.items() if not is_pre(tap)} for each in view.maps))
 
     def _lesson(self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int) -> Lesson:
         student, names = views["student"], batch.names

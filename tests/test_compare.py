@@ -72,9 +72,14 @@ def test_every_learner_ends_as_in_its_own_run(tmp_path: Path, monkeypatch: pytes
 
 def test_neighbours_who_ask_for_more_change_nothing(tmp_path: Path) -> None:
     """Maps, pooled vectors, strong views and students of their own are asked for by some learners of a session only."""
-    config = kit.recipe("kd")
-    session = compared(config, tmp_path / "all", ["kd", "vid", "pkt", "mlkd", "dml"], [2])
+    config = kit.recipe("kd", baselines={"ab": {"init_epochs": 1}})
+    session = compared(config, tmp_path / "all", ["kd", "vid", "pkt", "mlkd", "dml", "ab"], [2])
     assert session.mentors.deeper is not None
+    answer = session.mentors.answer(next(session.stream.epoch(0)))
+    for learner in session.learners:  # what AB alone asked for is nobody else's
+        mine = learner._mine(answer)
+        taps = mine.maps[0] if mine is not None and isinstance(mine.maps, tuple) else {}
+        assert any(tap.endswith(".pre") for tap in taps) == (learner.name == "ab-2")
     for learner in session.learners:
         method, _, seed = learner.name.partition("-")
         own = alone(config, method, int(seed), tmp_path / learner.name)

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.methods.base import View
+from kdcli.models.taps import is_pre
 
 
 def pair(student: dict[str, Tensor], mentor: dict[str, Tensor]) -> list[tuple[str, str]]:
     """Which stages go together, (the student's, the mentor's): counted from the last backwards, for that is where both
     know most; the deeper network's first stages stay alone."""
-    ours, theirs = ([tap for tap in maps if not tap.endswith(".pre")] for maps in (student, mentor))
+    ours, theirs = ([tap for tap in maps if not is_pre(tap)] for maps in (student, mentor))
     n = min(len(ours), len(theirs))
     return list(zip(ours[len(ours) - n :], theirs[len(theirs) - n :], strict=True))
 
 
 def stages(view: View) -> dict[str, Tensor]:
-    """One model's stages in order. In a `compare` its maps may also hold what came before their activations (`.pre`),
-    which another method asked for."""
-    return {name: x for name, x in view.stages.items() if not name.endswith(".pre")}
+    """One model's stages in order, without what came before their activations (`pre`)."""
+    return {name: x for name, x in view.stages.items() if not is_pre(name)}
 
 
 def last(view: View) -> Float[Tensor, "B C H W"]:
@@ -34,7 +34,7 @@ def last(view: View) -> Float[Tensor, "B C H W"]:
 def tap(maps: dict[str, Tensor], name: str, who: str, option: str) -> str:
     """The tap that an option names: `last`, or one of `maps`. Raises RecipeError that lists them with their shapes."""
     if name == "last":
-        return [one for one in maps if not one.endswith(".pre")][-1]
+        return [one for one in maps if not is_pre(one)][-1]
     if name not in maps:
         shapes = ", ".join(f"{one} {'x'.join(map(str, x.shape[1:]))}" for one, x in maps.items())
         raise RecipeError(

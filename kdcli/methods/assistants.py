@@ -19,7 +19,7 @@ class Assisted(Method):
     """
 
     def __init__(
-        self, assistants: list[str], tau: float, lambda_: float, variant: Literal["paper", "official"]
+        self, assistants: tuple[str, ...], tau: float, lambda_: float, variant: Literal["paper", "official"]
     ) -> None:
         super().__init__()
         self.assistants, self.tau, self.lambda_, self.official = assistants, tau, lambda_, variant == "official"
@@ -66,7 +66,7 @@ class TAKD(Assisted):
 
     def __init__(
         self,
-        assistants: list[str] = [],  # noqa: B006 (read only)
+        assistants: tuple[str, ...] = (),
         tau: Temperature = 5.0,
         lambda_: Annotated[float, Field(ge=0, le=1)] = 0.5,
         variant: Literal["paper", "official"] = "paper",
@@ -90,7 +90,7 @@ class DGKD(Assisted):
 
     def __init__(
         self,
-        assistants: list[str] = [],  # noqa: B006 (read only)
+        assistants: tuple[str, ...] = (),
         tau: Temperature = 5.0,
         lambda_: Annotated[float, Field(ge=0, le=1)] = 0.5,
         drop_num: Annotated[int, Field(ge=0)] = 1,

@@ -191,7 +191,7 @@ class OFA(Method):
         eps: Annotated[float, Field(gt=0)] = 1.0,
         tau: Temperature = 1.0,
         student: Literal["auto", "cnn", "token"] = "auto",
-        stages: list[int] = [],  # noqa: B006  never changed
+        stages: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.gt, self.kd, self.ofa, self.eps, self.tau = gt, kd, ofa, eps, tau

@@ -42,7 +42,7 @@ class Cohort(Method):
     teachers = 0
 
     def __init__(
-        self, others: int, form: str, cohort: list[str], split: str, ramp_epochs: float, needs: frozenset[str]
+        self, others: int, form: str, cohort: tuple[str, ...], split: str, ramp_epochs: float, needs: frozenset[str]
     ) -> None:
         super().__init__()
         self.count, self.cohort, self.split, self.ramp_epochs = len(cohort) or others, cohort, split, ramp_epochs
@@ -58,7 +58,7 @@ class Cohort(Method):
         self.branches, self.rests = nn.ModuleList(), []
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
-        specs = self.cohort or [None] * self.count
+        specs = self.cohort or (None,) * self.count
         seats = [room.seat(room.train.seed + APART * n, spec) for n, spec in enumerate(specs, 1)]
         if not self.branching:
             self.others = {f"student{n}": member for n, member in enumerate(seats, 2)}
@@ -120,7 +120,7 @@ class DML(Cohort):
     def __init__(
         self,
         students: Many = 2,
-        cohort: list[str] = [],  # noqa: B006 (read only)
+        cohort: tuple[str, ...] = (),
         tau: Temperature = 3.0,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -155,7 +155,7 @@ class ONE(Cohort):
         split: str = "auto",
     ) -> None:
         needs = frozenset({"pairs"})  # the gate's batch norm sees one number per image
-        super().__init__(branches - 1, "branches", [], split, ramp_epochs, needs)
+        super().__init__(branches - 1, "branches", (), split, ramp_epochs, needs)
         self.tau, self.alpha, self.beta, self.keep = tau, alpha, beta, keep
         self.check_keep(keep)
 
@@ -198,7 +198,7 @@ class OKDDip(Cohort):
         split: str = "auto",
     ) -> None:
         needs = frozenset() if form == "branches" else frozenset({"pooled"})  # a branch says what it pools anyway
-        super().__init__(students - 1, form, [], split, ramp_epochs, needs)
+        super().__init__(students - 1, form, (), split, ramp_epochs, needs)
         self.tau, self.alpha, self.key_factor = tau, alpha, key_factor
 
     def setup(self, room: Room, lesson: Lesson | None) -> None:
@@ -233,7 +233,7 @@ class FFL(Cohort):
     def __init__(
         self,
         students: Many = 2,
-        cohort: list[str] = [],  # noqa: B006 (read only)
+        cohort: tuple[str, ...] = (),
         form: Literal["branches", "networks"] = "branches",
         tau: Temperature = 3.0,
         alpha: float = 1.0,

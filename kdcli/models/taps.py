@@ -24,6 +24,11 @@ DEPTH = 2
 PRE = ".pre"
 
 
+def is_pre(tap: str) -> bool:
+    """Whether a tap is what came before a stage's last activation."""
+    return tap.endswith(PRE)
+
+
 class Taps:
     """Reads a network's stages: `taps(x)` is what `net(x)` is, and the maps [B, C, H, W] by tap.
 

@@ -18,6 +18,7 @@ import json
 import math
 import random
 import time
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,7 +64,7 @@ GRID: dict[str, list[Any]] = {  # Appendix A.1
 Data = tuple[Tensor, Tensor]
 
 
-class Toy:
+class Toy(ABC):
     """A data set, a teacher, and students and guides of which `runs` learn at once."""
 
     minima: tuple[str, ...]
@@ -74,25 +75,26 @@ class Toy:
     teacher: tuple[Tensor, Tensor]
     """Its logits [N, C] and features [N, D] of the training data."""
 
-    def student(self, runs: int, g: torch.Generator) -> Params:
-        raise NotImplementedError
+    @abstractmethod
+    def student(self, runs: int, g: torch.Generator) -> Params: ...
 
-    def logits(self, student: Params, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def logits(self, student: Params, x: Tensor) -> Tensor: ...
 
-    def guide(self, runs: int, g: torch.Generator) -> Params:
-        raise NotImplementedError
+    @abstractmethod
+    def guide(self, runs: int, g: torch.Generator) -> Params: ...
 
+    @abstractmethod
     def log_g(self, guide: Params, given: Tensor) -> Tensor:
         """[R, N], of the teacher's features and logits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self, student: Params) -> Tensor:
         """[R], in which of `minima` each run is; len(minima) elsewhere."""
-        raise NotImplementedError
 
     def project(self, student: Params) -> None:
-        """After every step: back into the function class."""
+        """After every step: back into the function class, where the toy has one."""
+        return
 
     def accuracy(self, student: Params, data: Data) -> Tensor:
         return (self.logits(student, data[0]).argmax(-1) == data[1]).float().mean(-1)
@@ -371,7 +373,8 @@ def table(name: str, toy: Toy, runs: int, seed: int) -> tuple[list[dict[str, Any
         ends[label] = student, _ = train(toy, method, s, runs, seed)
         found, accuracy = counts(toy, student), toy.accuracy(student, toy.test)
         known = [*toy.published[method], 0]
-        cells = [f"{k} [{wilson(k, runs)[0]:.0f}, {wilson(k, runs)[1]:.0f}] ({p})" for k, p in zip(found, known)]  # noqa: B905
+        each = [(k, *wilson(k, runs), p) for k, p in zip(found, known, strict=True)]
+        cells = [f"{k} [{low:.0f}, {high:.0f}] ({p})" for k, low, high, p in each]
         print(f"{label:16}" + "".join(f"{cell:>26}" for cell in cells) + f"   {100 * accuracy.mean():.1f} %")
         rows.append({
             "method": label, "ends": found, "published": known, "runs": runs, "accuracy": accuracy.mean().item(),
@@ -418,10 +421,11 @@ def plot(name: str, toy: Toy, ends: dict[str, tuple[Params, Params]], path: Path
         u, v = torch.meshgrid(ticks, ticks, indexing="ij")
         centre = [p[best] for p in student]
         ways = [[torch.randn(p.shape, generator=g) for p in centre] for _ in "uv"]
-        ways = [[w / w.norm(dim=-1, keepdim=True) * p.norm(dim=-1, keepdim=True) for w, p in zip(way, centre)]  # noqa: B905
-                for way in ways]  # fmt: skip
+        for way in ways:  # as long, row by row, as what they start from
+            for w, p in zip(way, centre, strict=True):
+                w.mul_(p.norm(dim=-1, keepdim=True) / w.norm(dim=-1, keepdim=True))
         grid = [p + u.flatten()[:, None, None] * a + v.flatten()[:, None, None] * b
-                for p, a, b in zip(centre, *ways)]  # noqa: B905  # fmt: skip
+                for p, a, b in zip(centre, *ways, strict=True)]  # fmt: skip
         axes[0].scatter(*x.T, c=[("tab:red", "tab:green", "tab:blue")[k] for k in toy.train[1]], s=4)
         axes[0].set(title="Training data", aspect="equal")
         names = ("direction 1", "direction 2")
