@@ -9,9 +9,9 @@ from typing import Any, Literal
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdcli import own
 from kdcli.errors import RecipeError, did_you_mean
-from kdcli.home import shipped
+from kdcli.system import user_code
+from kdcli.system.paths import shipped
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 STAGE = "@stage:"
@@ -70,7 +70,7 @@ class MethodConfig(BaseModel):
     @property
     def label(self) -> str:
         """The name where it has to be short and safe: of an own method the class's."""
-        return own.label(self.name)
+        return user_code.label(self.name)
 
 
 class TrainConfig(Section):
@@ -163,12 +163,12 @@ class Recipe(Section):
         idle |= {"train": {"checkpoint_minutes"}, "data": {"readers", "workers"}}
         plain = self.model_dump(mode="json", exclude=idle | ({} if self.stage else {"stage": True}))
         plain["method"] = _floats(plain["method"])  # nothing has made these one type yet, and tau = 4 is tau = 4.0
-        if own.named(self.method.name):
-            plain["method"]["name"] = f"{own.digest(self.method.name)}:{self.method.label}"
+        if user_code.named(self.method.name):
+            plain["method"]["name"] = f"{user_code.digest(self.method.name)}:{self.method.label}"
         for one in plain.get("stage", []):
             one |= {"method": _floats(one["method"]), "train": _floats(one["train"])}
-            if one["method"] and own.named(name := one["method"]["name"]):
-                one["method"]["name"] = f"{own.digest(name)}:{own.label(name)}"
+            if one["method"] and user_code.named(name := one["method"]["name"]):
+                one["method"]["name"] = f"{user_code.digest(name)}:{user_code.label(name)}"
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def toml(self) -> str:
@@ -192,7 +192,7 @@ class Recipe(Section):
         """The user's own methods it names, with their files, by the name they go by in folders."""
         names = [self.method.name, *self.baselines, *(str(one.get("name", "")) for one in self.baselines.values())]
         names += [one.method.name for one in self.stage if one.method]
-        return {own.label(name): name for name in reversed(names) if own.named(name)}
+        return {user_code.label(name): name for name in reversed(names) if user_code.named(name)}
 
     def to_keep(self) -> "Recipe":
         """A copy that looks for own methods beside its own file, each called as its class is."""
@@ -272,12 +272,12 @@ def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(first, list):
         tables = {**tables, "stage": [located(one, folder) if isinstance(one, dict) else one for one in first]}
     if isinstance(method, dict) and isinstance(method.get("name"), str):
-        tables = {**tables, "method": {**method, "name": own.resolve(method["name"], folder)}}
+        tables = {**tables, "method": {**method, "name": user_code.resolve(method["name"], folder)}}
     if isinstance(beside, dict):
-        tables = {**tables, "baselines": {own.resolve(name, folder): one for name, one in beside.items()}}
+        tables = {**tables, "baselines": {user_code.resolve(name, folder): one for name, one in beside.items()}}
         for label, options in tables["baselines"].items():
             if isinstance(options, dict) and isinstance(options.get("name"), str):
-                tables["baselines"][label] = {**options, "name": own.resolve(options["name"], folder)}
+                tables["baselines"][label] = {**options, "name": user_code.resolve(options["name"], folder)}
     return tables
 
 

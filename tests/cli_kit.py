@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdcli import names, zoo
 from kdcli.cli import main
 from kdcli.data import open_data
+from kdcli.models import cards, registry
+from kdcli.models.cards import Card
 from kdcli.recipe import DataConfig
-from kdcli.zoo import Card
 
 STUDENT, TEACHER, PEER = "cifar_resnet10_xxs", "cifar_resnet14", "cifar_resnet8"
 CLASSROOM = ("--teacher", TEACHER, "--peers", PEER, "--student", STUDENT, "--data", "digits")
@@ -67,15 +67,15 @@ def add_mentors(*specs: str, data: str = "digits", image_size: int = 16, fit: bo
     k = len(pictures.classes)
     for spec in specs:
         torch.manual_seed(0)
-        name = names.resolve(spec)
-        net = names.create(name, k).module.eval()
+        name = registry.resolve(spec)
+        net = registry.create(name, k).module.eval()
         if fit:
             _fit_head(net, pictures)
         card = Card(
             name=f"{name.arch} on {data}", architecture=name.full, dataset=data, data_hash=pictures.hash, num_classes=k,
             classes=pictures.classes, image_size=image_size, mean=pictures.mean, std=pictures.std, origin="a test",
         )  # fmt: skip
-        zoo.add(net.state_dict(), card)
+        cards.add(net.state_dict(), card)
 
 
 @torch.no_grad()

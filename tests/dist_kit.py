@@ -11,12 +11,14 @@ import engine_kit as kit
 import torch
 from torch import Tensor, nn
 
-from kdcli import dist, distill, methods, shares
+from kdcli import methods
 from kdcli.data import open_data
 from kdcli.errors import RecipeError
-from kdcli.evaluate import answers
 from kdcli.methods.base import Lesson, Method, Phase, Terms
 from kdcli.recipe import DataConfig, Recipe
+from kdcli.system import distributed, shards
+from kdcli.training.evaluate import answers
+from kdcli.workflows import distill
 
 TIMEOUT = 240.0
 NORM_FREE = "timm:test_nfnet@none"
@@ -69,7 +71,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     """What one training came to, as this rank has it."""
     config = recipe(name)
     room = distill.open_room(config, kit.CPU)[1]
-    run = dist.first(lambda: kit.Run(folder))
+    run = distributed.first(lambda: kit.Run(folder))
     session = distill.open_session({config.method.name: config}, room, run, {config.method.name: run})
     distill.start(session, "distill", room)
     kit.drive(distill.go(session))
@@ -81,7 +83,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
         "method": state["method"],
         "rows": run.metrics(),
         "answers": answers(learner.graduate(), test, kit.CPU, 50),
-        "own": len(shares.own_batches(test, 50)),
+        "own": len(shards.own_batches(test, 50)),
         "noise": [learner.generator.initial_seed(), torch.default_generator.initial_seed()],
     }
 
@@ -130,11 +132,11 @@ def near(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
-    dist.join(torch.device("cpu"))
+    distributed.join(torch.device("cpu"))
     found: dict[str, Any] = {name: trained(name, out / name.replace(" ", "-")) for name in RECIPES}
     try:
-        dist.alike({"data": "the same", "teacher": f"of rank {dist.rank()}"})
+        distributed.alike({"data": "the same", "teacher": f"of rank {distributed.rank()}"})
     except RecipeError as error:
         found["unlike"] = error.message
-    torch.save(found, out / f"rank-{dist.rank()}.pt")
-    dist.part()
+    torch.save(found, out / f"rank-{distributed.rank()}.pt")
+    distributed.part()

@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdcli import distill, engine, names, recipe as recipes, zoo
-from kdcli.classroom import Classroom
+from kdcli import recipe as recipes
 from kdcli.data import open_data
-from kdcli.engine import EpochEnd, Session, Step
+from kdcli.mentors.classroom import Classroom
+from kdcli.models import cards, registry
+from kdcli.models.cards import Card
 from kdcli.recipe import DataConfig, Recipe
-from kdcli.run import Run
-from kdcli.zoo import Card
+from kdcli.training import loop
+from kdcli.training.loop import EpochEnd, Session, Step
+from kdcli.training.run import Run
+from kdcli.workflows import distill
 
 CPU = torch.device("cpu")
 STEPS = 4  # updates in an epoch of the recipe below: 30 images in batches of 8, the last of 6
@@ -29,7 +32,7 @@ MENTORS = ("cifar_resnet8", "cifar_resnet14")
 def random_weights(arch: str, seed: int) -> dict[str, Tensor]:
     """Finite weights that no two seeds share, with norms that are not at rest."""
     torch.manual_seed(seed)
-    module = names.create(names.resolve(arch), 10).module
+    module = registry.create(registry.resolve(arch), 10).module
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             assert layer.running_mean is not None
@@ -55,7 +58,7 @@ def add_mentor(arch: str, seed: int) -> Card:
         top1=None,
         epoch=None,
     )
-    return zoo.add(random_weights(arch, seed), card)
+    return cards.add(random_weights(arch, seed), card)
 
 
 @cache
@@ -144,6 +147,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def state(learner: engine.Learner) -> dict[str, Tensor]:
+def state(learner: loop.Learner) -> dict[str, Tensor]:
     """A copy of a learner's student as it is now, under the names it ships with."""
     return {k: v.detach().clone() for k, v in learner.student.net.state_dict().items()}

@@ -40,7 +40,9 @@ class Left:
 @cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdcli.cli.distill", "kdcli.compare", "kdcli.quickstart", "kdcli.export.onnx"])
+    context.set_forkserver_preload(
+        ["kdcli.cli.distill", "kdcli.workflows.compare", "kdcli.workflows.quickstart", "kdcli.export.onnx"]
+    )
     return context
 
 
@@ -128,12 +130,13 @@ def _doom(fault: Fault) -> None:
 
 def _slow(what: str) -> None:
     """A part of training (`place:nth`, the nth call from 1) that goes on for ever, and says that it has begun."""
-    from kdcli import engine, learner, mentors
-    from kdcli.methods.plain import Aver
+    from kdcli.mentors import mentors
+    from kdcli.methods.baselines import Aver
+    from kdcli.training import learner, loop
 
     place, _, nth = what.partition(":")
     homes: dict[str, tuple[Any, str]] = {
-        "score": (engine, "score"), "mentors": (mentors.Mentors, "answer"), "step": (learner.Learner, "step"),
+        "score": (loop, "score"), "mentors": (mentors.Mentors, "answer"), "step": (learner.Learner, "step"),
         "sweep": (Aver, "begin_epoch"), "setup": (learner.Learner, "_first_lesson"),
     }  # fmt: skip
     home, name = homes[place]

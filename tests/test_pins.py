@@ -1,7 +1,7 @@
 """Short trainings whose students' weights are known byte for byte: a change of layout or speed must not change them.
 
-Bits depend on torch's version and on the processor's instructions. So a plain torch training of the same network, which
-uses nothing of kdcli's engine, is the witness: pins recorded beside the same witness must hold, others mean nothing here.
+Bits depend on torch's version and on the processor. So a plain torch training of the same networks, which uses nothing
+of kdcli's training, is the witness: pins recorded with the same witness must hold, others mean nothing.
 `python tests/test_pins.py` records this machine's (after a change that is meant to change results, and says so).
 """
 
@@ -22,8 +22,8 @@ from torch import Tensor
 
 FILE = Path(__file__).with_name("pins.json")
 SHORT = (
-    "--epochs", "2", "--device", "cpu", "--set", "data.per_class=4", "--set", "train.batch_size=16", "--set", "train.lr=0.02",
-    "--set", "train.precision=fp32", "--set", "classroom.precision=fp32",
+    "--epochs", "2", "--device", "cpu", "--set", "data.per_class=4", "--set", "train.batch_size=16",
+    "--set", "train.lr=0.02", "--set", "train.precision=fp32", "--set", "classroom.precision=fp32",
 )  # fmt: skip
 """Six updates on forty digits, in float32."""
 TRAININGS: dict[str, tuple[str, ...]] = {
@@ -64,7 +64,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 def witness() -> str:
     """The weights of a plain torch training with the layers, sizes and optimiser of the trainings below."""
-    import kdcli.models  # noqa: F401  (registers the networks with timm)
+    import kdcli.models.cifar  # noqa: F401  (registers the networks with timm)
 
     torch.manual_seed(0)
     nets = {name: timm.create_model(name, num_classes=10) for name in ("cifar_resnet10_xxs", "cifar_resnet14")}

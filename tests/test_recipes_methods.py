@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from kdcli import methods, names, recipe
+from kdcli import methods, recipe
+from kdcli.models import registry
 
 SHORT = {  # a network as its table writes it -> as the recipes' file names do
     "resnet8x4": "r8x4", "resnet20": "r20", "resnet32": "r32", "resnet32x4": "r32x4", "resnet56": "r56",
@@ -197,7 +198,7 @@ def test_figures_are_those_of_methods_or_of_labels_that_say_which(name):
 @pytest.mark.parametrize("name", PAIRS)
 def test_its_file_is_called_after_its_networks(name):
     room, parts = recipe.load(name).classroom, name.partition("/")[2].split("-")
-    assert names.resolve(room.student or "").weights in ("none", "pretrained")
+    assert registry.resolve(room.student or "").weights in ("none", "pretrained")
     if "imagenet" in parts:
         return
     teacher, student = ((model or "").partition("@")[0] for model in (room.teacher, room.student))
@@ -209,7 +210,7 @@ def test_its_file_is_called_after_its_networks(name):
 def test_its_networks_can_be_made(name):
     room = recipe.load(name).classroom
     for model in (room.student, room.teacher):
-        found = names.resolve(model or "")
+        found = registry.resolve(model or "")
         assert found.source == ("timm" if "imagenet" in name and "tekap" not in name else found.source)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kdcli import methods, recipe
 from kdcli.data.views import AUGMENTS
-from kdcli.home import shipped
+from kdcli.system.paths import shipped
 
 NAMES = recipe.names()
 WITHOUT_NAMES = {n for n in NAMES if n.startswith("defaults/") or n.endswith(("base", "mentor", "low-data"))}

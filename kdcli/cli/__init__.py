@@ -10,8 +10,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kdcli import __version__, own
+from kdcli import __version__
 from kdcli.errors import KdcliError
+from kdcli.system import user_code
 
 # Newer typer brings its own copy of click, older ones the real one: what typer raises is found through typer itself.
 UsageError = typer.BadParameter.__bases__[0]
@@ -80,9 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     typed[:] = argv
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
-        from kdcli import dist, launch
+        from kdcli.cli import launch
+        from kdcli.system import distributed
 
-        ranked = dist.expected() > 1
+        ranked = distributed.expected() > 1
     try:
         with _terminated():
             if ranked:
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             if ranked and code == 130:
                 raise KeyboardInterrupt
             if ranked and not code:
-                dist.part()
+                distributed.part()
     except (Exception, KeyboardInterrupt) as error:
         if ranked:
             launch.leave(error, _complain, debug=debug)
@@ -132,9 +134,11 @@ def _complain(error: BaseException) -> int:
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return _say("out of memory", "A smaller --set train.batch_size, or fewer mentors.", 3)
-    if own.blame(error):
+    if user_code.blame(error):
         return _say(
-            own.words(error), "--debug shows the traceback; `kdcli check --method FILE.py:CLASS` tries a method.", 2
+            user_code.words(error),
+            "--debug shows the traceback; `kdcli check --method FILE.py:CLASS` tries a method.",
+            2,
         )
     return _say(f"{type(error).__name__}: {text}", "kdcli did not foresee this; --debug shows where it arose.", 1)
 

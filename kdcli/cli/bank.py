@@ -31,9 +31,11 @@ def build(
 
     Stopped, it goes on where it was. A run with --bank fills them as well, with what it meets.
     """
-    from kdcli import banks, device as devices, distill as room, fill
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.errors import RecipeError
+    from kdcli.mentors import bank_build, bank_files
+    from kdcli.system import device as devices
+    from kdcli.workflows import distill as room
 
     config, notes = o.assemble(
         recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, epochs=epochs,
@@ -44,13 +46,13 @@ def build(
     if not config.classroom.student:  # nobody learns here
         config = config.with_(**{"classroom.student": config.classroom.teacher})
     _, classroom = room.open_room(config, devices.pick(device))
-    mentors = fill.open_mentors(classroom, config)
+    mentors = bank_build.open_mentors(classroom, config)
     if not json:
-        show.notes([*notes, *classroom.notes])
-    _follow(fill.build(mentors, classroom, config, epochs), "views", quiet=json)
-    found = [banks.describe(bank.path) for bank in dict.fromkeys(mentors.banks)]
+        tables.notes([*notes, *classroom.notes])
+    _follow(bank_build.build(mentors, classroom, config, epochs), "views", quiet=json)
+    found = [bank_files.describe(bank.path) for bank in dict.fromkeys(mentors.banks)]
     if json:
-        show.as_json(found)
+        tables.as_json(found)
         return
     _table(found)
     student = student or (None if recipe else "NAME")
@@ -58,25 +60,25 @@ def build(
         "kdcli distill --bank", sets, skip_corrupt, recipe=recipe, teacher=teacher, peers=peers, student=student,
         data=data, epochs=epochs, data_root=data_root, device=device,
     )  # fmt: skip
-    show.next_line(again)
+    tables.next_line(again)
 
 
 @app.command("ls", epilog="Examples:\n\nkdcli bank ls\n\nkdcli bank ls --json")
 def ls(json: o.Json = False) -> None:
     """List the banks, by whom they were filled and how far."""
-    from kdcli import banks
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.mentors import bank_files
 
-    found = [banks.describe(path) for path in banks.every()]
+    found = [bank_files.describe(path) for path in bank_files.every()]
     if json:
-        show.as_json(found)
+        tables.as_json(found)
         return
     if not found:
-        show.console.print(f"no banks in {banks.folder()} yet")
-        show.next_line("kdcli bank build --recipe NAME")
+        tables.console.print(f"no banks in {bank_files.folder()} yet")
+        tables.next_line("kdcli bank build --recipe NAME")
         return
     _table(found)
-    show.next_line("kdcli bank verify")
+    tables.next_line("kdcli bank verify")
 
 
 @app.command("verify", epilog="Examples:\n\nkdcli bank verify\n\nkdcli bank verify 3f2a --json")
@@ -85,13 +87,13 @@ def verify(
     json: o.Json = False,
 ) -> None:
     """Check every stored answer against its checksum."""
-    from kdcli import banks
-    from kdcli.bank import Bank
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.errors import DataError
+    from kdcli.mentors import bank_files
+    from kdcli.mentors.bank import Bank
 
     found = []
-    for path in [banks.find(bank)] if bank else banks.every():
+    for path in [bank_files.find(bank)] if bank else bank_files.every():
         row = {"id": path.name, "answers": 0, "damaged": 0, "state": "ok"}
         try:
             for _, row["answers"], row["damaged"] in Bank(path).verify():
@@ -102,9 +104,9 @@ def verify(
             row["state"] = "damaged"
         found.append(row)
     if json:
-        show.as_json(found)
+        tables.as_json(found)
     else:
-        show.table(["bank", "answers", "damaged", "state"], [[*row.values()] for row in found])
+        tables.table(["bank", "answers", "damaged", "state"], [[*row.values()] for row in found])
     bad = [row["id"] for row in found if row["state"] != "ok"]
     if bad:
         raise DataError(
@@ -112,7 +114,7 @@ def verify(
             hint="Runs and `kdcli bank build` make damaged answers anew; `kdcli bank rm ID` removes a bank.",
         )
     if not json:
-        show.next_line("kdcli distill --bank ...")
+        tables.next_line("kdcli distill --bank ...")
 
 
 @app.command("rm", epilog="Examples:\n\nkdcli bank rm 3f2a\n\nkdcli bank rm --all --yes")
@@ -122,26 +124,26 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a bank; the next run that needs it makes it anew."""
-    from kdcli import banks
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.errors import RecipeError
+    from kdcli.mentors import bank_files
 
     if (bank is None) != everything:
         raise RecipeError("which bank?", hint="Name one by its id (`kdcli bank ls`), or all with --all.")
-    paths = [banks.find(bank)] if bank else banks.every()
+    paths = [bank_files.find(bank)] if bank else bank_files.every()
     for path in paths:
-        about = banks.describe(path)
+        about = bank_files.describe(path)
         if not yes:
             whose = f" of {about['mentor']} on {about['data']}" if "mentor" in about else ""
-            typer.confirm(f"Remove {path}{whose} ({banks.amount(about['bytes'])})?", abort=True)
-        banks.remove(path)
-        show.line("removed", path)
-    show.next_line("kdcli bank ls")
+            typer.confirm(f"Remove {path}{whose} ({bank_files.amount(about['bytes'])})?", abort=True)
+        bank_files.remove(path)
+        tables.line("removed", path)
+    tables.next_line("kdcli bank ls")
 
 
 def _table(found) -> None:
-    from kdcli.banks import amount
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.mentors.bank_files import amount
 
     rows = [
         [f["id"], f["mentor"], f["data"], f["views"], f["precision"], f["form"], f"{100 * f['filled']:.1f}",
@@ -150,17 +152,17 @@ def _table(found) -> None:
         for f in found
     ]  # fmt: skip
     columns = ["bank", "mentor", "data", "views", "precision", "form", "filled %", "size", "last used"]
-    show.table(columns, rows, left=3)
+    tables.table(columns, rows, left=3)
 
 
 def _follow(steps, label, *, quiet) -> None:
     """Run (done, of all) steps to their end under a progress bar; no bar where there is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from kdcli.cli import show
+    from kdcli.cli import tables
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=show.console, disable=quiet or not show.console.is_terminal) as bar:
+    with Progress(*columns, console=tables.console, disable=quiet or not tables.console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         for done, total in steps:
             bar.update(task, completed=done, total=total)

@@ -33,9 +33,10 @@ def bench(
     from dataclasses import asdict
     from pathlib import Path
 
-    from kdcli import bench as room, run as runs
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.errors import RecipeError, WeightsError
+    from kdcli.export import bench as room
+    from kdcli.training import run as runs
 
     if data:
         if files:
@@ -48,7 +49,7 @@ def bench(
             path, cure = Path(name), "`kdcli export --onnx` writes the newest run's student."
         else:
             run = runs.find(name)
-            show.named(run, name)
+            tables.named(run, name)
             path, cure = run.path / "student.onnx", f"kdcli export --onnx {name or ''}".strip()
         if not path.is_file():
             raise WeightsError(f"{path}: no such file", hint=cure)
@@ -57,18 +58,18 @@ def bench(
     batch = batch or 1
     timings = room.bench(names, batch=batch, threads=threads, runs=calls)
     if json:
-        show.as_json([asdict(timing) for timing in timings])
+        tables.as_json([asdict(timing) for timing in timings])
         return
     columns = ["file", "size", "p50 ms", "p90 ms", "p99 ms", "images/s"]
     rows = [
-        [t.name, show.size(t.size), f"{t.p50:.3f}", f"{t.p90:.3f}", f"{t.p99:.3f}", f"{t.images_per_second:,.0f}"]
+        [t.name, tables.size(t.size), f"{t.p50:.3f}", f"{t.p90:.3f}", f"{t.p99:.3f}", f"{t.images_per_second:,.0f}"]
         for t in timings
     ]
     title = (
         f"batch {batch or 1}, {threads} thread{'s' if threads > 1 else ''}, {calls} calls each, {timings[0].provider}"
     )
-    show.table(columns, rows, title=title)
-    show.next_line("kdcli evaluate " + str(paths[0]))
+    tables.table(columns, rows, title=title)
+    tables.next_line("kdcli evaluate " + str(paths[0]))
 
 
 def _feed(data, batch, seconds, sets, root, skip_corrupt, device, json):
@@ -76,10 +77,10 @@ def _feed(data, batch, seconds, sets, root, skip_corrupt, device, json):
     import re
     from dataclasses import asdict
 
-    from kdcli import device as devices
-    from kdcli.cli import show
-    from kdcli.data.speed import rates
+    from kdcli.cli import tables
+    from kdcli.data.throughput import rates
     from kdcli.recipe import Recipe, parse_set
+    from kdcli.system import device as devices
 
     over = {**parse_set(sets or []), "data.root": root, "data.skip_corrupt": skip_corrupt}
     names = re.split(rf",(?=(?:{'|'.join(o.KINDS)})\b)", data)
@@ -87,17 +88,17 @@ def _feed(data, batch, seconds, sets, root, skip_corrupt, device, json):
     picked = devices.pick(device)
     measured = rates(configs, batch=batch, device=picked, seconds=seconds)
     if json:
-        show.as_json([asdict(rate) for rate in measured])
+        tables.as_json([asdict(rate) for rate in measured])
         return
     rows = [
         [r.data, r.readers, r.workers, f"{r.images_per_second:,.0f}", f"{r.low:,.0f} to {r.high:,.0f}"]
         for r in measured
     ]
     title = f"training stream, batch {batch}, three windows of {seconds:g} s, to {devices.describe(picked)}"
-    show.table(["data", "read by", "workers", "images/s", "windows"], rows, title=title, left=2)
+    tables.table(["data", "read by", "workers", "images/s", "windows"], rows, title=title, left=2)
     best = max(measured, key=lambda rate: rate.images_per_second)
     if len(names) == 1 and names[0].partition(":")[0] in ("folder", "imagenet"):
-        show.next_line(f"kdcli data pack --data {names[0]}")
+        tables.next_line(f"kdcli data pack --data {names[0]}")
     else:
         chosen = f" --set data.readers={best.readers}" if best.readers in ("threads", "processes") else ""
-        show.next_line(f"kdcli train --model NAME --data {best.data}{chosen}")
+        tables.next_line(f"kdcli train --model NAME --data {best.data}{chosen}")

@@ -35,20 +35,22 @@ def check(
     """
     from dataclasses import asdict
 
-    from kdcli import check as room, device as devices, own, recipe as recipes
-    from kdcli.cli import show
+    from kdcli import recipe as recipes
+    from kdcli.cli import tables
+    from kdcli.system import device as devices, user_code
+    from kdcli.workflows import check as room
 
     given = recipes.parse_set(sets or [])
     named = given.get("method.name", method)
     if named and not any((data, student, teacher, peers, recipe)) and all(key.startswith("method.") for key in given):
         own_options = {key.removeprefix("method."): value for key, value in given.items() if key != "method.name"}
-        found = _contract(own.resolve(named), own_options, device, json)
+        found = _contract(user_code.resolve(named), own_options, device, json)
         if json:
-            show.as_json(found)
-        _judge(own.label(named), found["checks"])
+            tables.as_json(found)
+        _judge(user_code.label(named), found["checks"])
         if not json:
             flag = o.typed("kdcli distill", sets, False, method=method)
-            show.next_line(f"{flag} --teacher NAME --student NAME --data NAME")
+            tables.next_line(f"{flag} --teacher NAME --student NAME --data NAME")
         return
     config, notes = o.assemble(
         recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, method=method,
@@ -59,11 +61,11 @@ def check(
     if not json:
         _show_room(found, notes)
     verdicts = []
-    if own.named(config.method.name):
+    if user_code.named(config.method.name):
         facts["contract"] = _contract(config.method.name, config.method.options, device, json)
         verdicts = facts["contract"]["checks"]
     if json:
-        show.as_json(facts)
+        tables.as_json(facts)
     _judge(config.method.label, verdicts)
     if json:
         return
@@ -71,42 +73,43 @@ def check(
         "kdcli distill", sets, skip_corrupt, recipe=recipe, teacher=teacher, peers=peers, student=student, data=data,
         method=method, epochs=epochs, seed=seed, data_root=data_root, device=device,
     )  # fmt: skip
-    show.next_line(again)
+    tables.next_line(again)
 
 
 def _show_room(found, notes) -> None:
-    from kdcli.cli import show
+    from kdcli.cli import tables
 
-    show.notes([*notes, *found.notes])
+    tables.notes([*notes, *found.notes])
     columns = ["role", "name", "parameters", "multiply-adds", "input", "top-1 %"]
     rows = [
-        [s.role, s.name, f"{s.params:,}", show.count(s.macs), f"{s.input_size} px",
+        [s.role, s.name, f"{s.params:,}", tables.count(s.macs), f"{s.input_size} px",
          "" if s.top1 is None else f"{s.top1:.2f}"]
         for s in found.seats
     ]  # fmt: skip
-    show.table(columns, rows, left=2)
+    tables.table(columns, rows, left=2)
     for name, taps in found.taps.items():
         listed = ", ".join(f"{tap} {'x'.join(map(str, shape))}" for tap, shape in taps.items())
-        show.line("", f"taps of {name}: {listed}")
+        tables.line("", f"taps of {name}: {listed}")
     for line in found.words:
-        show.line("", line)
-    show.line("", f"{found.epochs} epochs: about {show.duration(found.seconds)}")
+        tables.line("", line)
+    tables.line("", f"{found.epochs} epochs: about {tables.duration(found.seconds)}")
     for line in found.warnings:
-        show.line("warning:", line, style="yellow")
+        tables.line("warning:", line, style="yellow")
 
 
 def _contract(name: str, options: dict[str, Any], device: str | None, quiet: bool) -> dict[str, Any]:
     """Put a method to every check and show the table; the verdicts as data."""
     from dataclasses import asdict
 
-    from kdcli import contract, device as devices, own
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.system import device as devices, user_code
+    from kdcli.workflows import method_contract
 
-    verdicts = list(contract.examine(name, options, devices.pick(device)))
-    label = own.label(name)
+    verdicts = list(method_contract.examine(name, options, devices.pick(device)))
+    label = user_code.label(name)
     if not quiet:
         rows = [[one.check, one.result, one.reason] for one in verdicts]
-        show.table(["check", "result", "why"], rows, title=f"the contract of methods: {label}", left=3)
+        tables.table(["check", "result", "why"], rows, title=f"the contract of methods: {label}", left=3)
     return {"method": label, "options": options, "checks": [asdict(one) for one in verdicts]}
 
 
@@ -118,5 +121,5 @@ def _judge(label: str, verdicts: list[dict[str, Any]]) -> None:
     if failed:
         raise RecipeError(
             f"method {label} fails {len(failed)} of {len(verdicts)} checks: {', '.join(failed)}",
-            hint="The table says why; kdcli/contract.py is what they do.",
+            hint="The table says why; kdcli/workflows/method_contract.py is what they do.",
         )

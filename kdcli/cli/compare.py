@@ -48,10 +48,11 @@ def compare(
         set=sets, out=out, independent=independent, methods=methods, seeds=seeds, run=run, data_root=data_root,
         skip_corrupt=skip_corrupt, bank=bank,
     )  # fmt: skip
-    from kdcli import distill as room, own
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.cli.distill import to_resume
     from kdcli.errors import RecipeError
+    from kdcli.system import user_code
+    from kdcli.workflows import distill as room
 
     picked = o.place(device, gpus)
     resume = resume or room.begun()
@@ -67,7 +68,7 @@ def compare(
             epochs=epochs, skip_corrupt=skip_corrupt, bank=bank, sets=sets,
         )  # fmt: skip
         asked = ("aver,classroom" if methods is None else methods).split(",")
-        names = [own.resolve(name.strip()) for name in asked if name.strip()]
+        names = [user_code.resolve(name.strip()) for name in asked if name.strip()]
         if not names:
             raise RecipeError("--methods: no method is named", hint="For example --methods aver,classroom")
         if why != "as asked":
@@ -78,15 +79,16 @@ def compare(
         print(found[0].json())
         return
     show_comparison(found[0])
-    show.line("run", folder.path)
+    tables.line("run", folder.path)
     best = max(found[0].lines, key=lambda line: line.mean)
-    show.next_line(f"kdcli export --onnx {folder.path / f'{best.method}-{best.seeds[0]}'}")
+    tables.next_line(f"kdcli export --onnx {folder.path / f'{best.method}-{best.seeds[0]}'}")
 
 
 def _base(run):
     """The newest run's recipe, or the quickstart's when nothing was ever run here."""
-    from kdcli import recipe as recipes, run as runs
+    from kdcli import recipe as recipes
     from kdcli.errors import RecipeError
+    from kdcli.training import run as runs
 
     found = [runs.find(run, learner=False)] if run else runs.every()[::-1]
     for one in found:
@@ -99,14 +101,16 @@ def _base(run):
 
 def compared(config, names, seeds, device, out, notes, *, independent=False, quiet=False):
     """Run a comparison; returns it and its folder."""
-    from kdcli import compare as room, dist, distill, methods as known, quickstart
-    from kdcli.cli import show
+    from kdcli import methods as known
+    from kdcli.cli import tables
     from kdcli.cli.distill import teller
+    from kdcli.system import distributed
+    from kdcli.workflows import compare as room, distill, quickstart
 
     for name in names:
         known.find(config.with_method(name).method.name)
     folder = distill.run_folder(out, config, "compare")
-    quickstart.prepare_mentors(config, device, lambda e, s: show.follow(e, s, quiet=quiet))
+    quickstart.prepare_mentors(config, device, lambda e, s: tables.follow(e, s, quiet=quiet))
     room.check(config, names, seeds, device)
     if independent:
         with folder.writing():
@@ -114,46 +118,47 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
     classroom = room.open_room(config, device)
     session = room.open_session(config, names, seeds, classroom, folder)
     if not quiet:
-        show.notes([*notes, *classroom.notes])
+        tables.notes([*notes, *classroom.notes])
     with folder.writing():
         room.start(session, classroom, config, names, seeds)
-        show.follow(room.go(session), f"{len(session.learners)} students", quiet=quiet)
+        tables.follow(room.go(session), f"{len(session.learners)} students", quiet=quiet)
         room.staged(config, names, seeds, device, folder, teller([], quiet))
-    return dist.first(lambda: room.summarise(folder)), folder
+    return distributed.first(lambda: room.summarise(folder)), folder
 
 
 def resumed(folder, device, *, quiet=False):
     """Continue a compare where it stopped."""
-    from kdcli import compare as room, dist, distill
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.cli.distill import teller
+    from kdcli.system import distributed
+    from kdcli.workflows import compare as room, distill
 
-    if dist.first(lambda: folder.finished):
-        return dist.first(lambda: room.summarise(folder)), folder
+    if distributed.first(lambda: folder.finished):
+        return distributed.first(lambda: room.summarise(folder)), folder
     with folder.writing():
         config, facts = folder.recipe, folder.provenance
         names, seeds = room.again(folder), facts["train_seeds"]
         if facts["independent"]:
             room.independent(config, names, seeds, device, folder, teller([], quiet), resume=True)
         else:
-            if not dist.first(lambda: room.through(folder, config, names, seeds)):
+            if not distributed.first(lambda: room.through(folder, config, names, seeds)):
                 classroom = room.open_room(config, device)
                 distill.same_room(folder, classroom)
                 session = room.open_session(config, names, seeds, classroom, folder)
-                show.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
+                tables.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
             room.staged(config, names, seeds, device, folder, teller([], quiet))
-    return dist.first(lambda: room.summarise(folder)), folder
+    return distributed.first(lambda: room.summarise(folder)), folder
 
 
 def show_comparison(comparison) -> None:
     """The table, with what its words mean."""
-    from kdcli import compare as room
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.workflows import compare as room
 
     table = room.table(comparison)
-    show.table(table["columns"], table["rows"], title=table["title"])
+    tables.table(table["columns"], table["rows"], title=table["title"])
     if comparison.source:
-        show.line("published", f"{comparison.source} ({comparison.epoch} epoch)")
-    show.console.print(
+        tables.line("published", f"{comparison.source} ({comparison.epoch} epoch)")
+    tables.console.print(
         "[dim]top-1: mean ± spread over seeds, of what ships; gain: points over nokd, the control, paired by seed.[/]"
     )

@@ -14,18 +14,18 @@ app = typer.Typer(no_args_is_help=True, help="Data sets: what there is, where it
 @app.command("ls", epilog="Examples:\n\nkdcli data ls\n\nkdcli data ls --data-root pictures --json")
 def ls(data_root: o.Root = None, json: o.Json = False) -> None:
     """List the data sets kdcli knows and whether they are here."""
-    from kdcli.cli import show
-    from kdcli.data import available
-    from kdcli.home import data_root as where
+    from kdcli.cli import tables
+    from kdcli.data import listing
+    from kdcli.system.paths import data_root as where
 
-    found = available(data_root)
+    found = listing(data_root)
     if json:
-        show.as_json(found)
+        tables.as_json(found)
         return
     rows = [[f["name"], "here" if f["present"] else "not here", f["images"], f["classes"], f["where"]] for f in found]
-    show.table(["name", "state", "images", "classes", "where"], rows, left=2)
-    show.line("data root", f"{where(data_root)} (--data-root or KDCLI_DATA)")
-    show.next_line("kdcli train --model NAME --data folder:DIR")
+    tables.table(["name", "state", "images", "classes", "where"], rows, left=2)
+    tables.line("data root", f"{where(data_root)} (--data-root or KDCLI_DATA)")
+    tables.next_line("kdcli train --model NAME --data folder:DIR")
 
 
 @app.command(
@@ -48,7 +48,7 @@ def pack(
 
     from rich.progress import track
 
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.data import packing
     from kdcli.errors import RecipeError
     from kdcli.recipe import DataConfig
@@ -59,23 +59,23 @@ def pack(
         )
     began = perf_counter()
     config = DataConfig(name=data, root=data_root, skip_corrupt=skip_corrupt)
-    quiet = json or not show.console.is_terminal
+    quiet = json or not tables.console.is_terminal
     with _stoppable():
         done, notes = packing(
             config, file, size=size, quality=quality,
-            track=lambda images: images if quiet else track(images, "packing", console=show.console),
+            track=lambda images: images if quiet else track(images, "packing", console=tables.console),
         )  # fmt: skip
     seconds = perf_counter() - began
     if json:
-        show.as_json({**asdict(done), "seconds": seconds})
+        tables.as_json({**asdict(done), "seconds": seconds})
         return
-    show.notes(notes)
+    tables.notes(notes)
     if done.skipped:
-        show.line("left out", f"{len(done.skipped)} unreadable: {', '.join(done.skipped[:5])}")
-    rows = [["images", done.images], ["of them copied as they were", done.copied], ["before", show.size(done.before)],
-            ["after", show.size(done.after)], ["images/s", f"{done.images / seconds:,.0f}"]]  # fmt: skip
-    show.table([str(done.path), ""], rows)
-    show.next_line(f"kdcli bench --data {data},pack:{done.path}")
+        tables.line("left out", f"{len(done.skipped)} unreadable: {', '.join(done.skipped[:5])}")
+    rows = [["images", done.images], ["of them copied as they were", done.copied], ["before", tables.size(done.before)],
+            ["after", tables.size(done.after)], ["images/s", f"{done.images / seconds:,.0f}"]]  # fmt: skip
+    tables.table([str(done.path), ""], rows)
+    tables.next_line(f"kdcli bench --data {data},pack:{done.path}")
 
 
 @contextlib.contextmanager

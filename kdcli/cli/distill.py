@@ -32,8 +32,9 @@ def distill(
         resume, data=data, student=student, teacher=teacher, peers=peers, method=method, recipe=recipe, epochs=epochs,
         seed=seed, set=sets, out=out, data_root=data_root, skip_corrupt=skip_corrupt, bank=bank,
     )  # fmt: skip
-    from kdcli import distill as room, run as runs
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.training import run as runs
+    from kdcli.workflows import distill as room
 
     picked = o.place(device, gpus)
     resume = resume or room.begun()
@@ -48,15 +49,16 @@ def distill(
         run = room.run_folder(out, config, config.method.label)
     outcome = train_one(config, run, picked, "distill", notes=notes, resume=bool(resume), quiet=json)
     if json:
-        show.as_json(outcome)
+        tables.as_json(outcome)
         return
-    show.next_line("kdcli export --onnx" + ("" if run.path.parent == runs.ROOT else f" {run.path}"))
+    tables.next_line("kdcli export --onnx" + ("" if run.path.parent == runs.ROOT else f" {run.path}"))
 
 
 def to_resume(name, kind, *, finished_too=False):
     """The run that --resume names. Raises RecipeError when it is finished, or another command's."""
-    from kdcli import dist, run as runs
     from kdcli.errors import RecipeError
+    from kdcli.system import distributed
+    from kdcli.training import run as runs
 
     run = runs.find(name, learner=False)
     for whole in map(runs.Run, reversed([*run.path.parents][:3])):
@@ -64,7 +66,7 @@ def to_resume(name, kind, *, finished_too=False):
             raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli {whole.kind} --resume {whole.path}")
     if run.kind != kind:
         raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
-    if run.finished and not finished_too and not dist.attempt():  # a rank may have died after the end
+    if run.finished and not finished_too and not distributed.attempt():  # a rank may have died after the end
         raise RecipeError(f"{run.path} is finished", hint=f"`kdcli runs show {run.path}` prints it.")
     run.check_methods()
     return run
@@ -74,8 +76,9 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
     """Train one recipe into `run` and print its outcome; shared by distill and train."""
     import contextlib
 
-    from kdcli import distill as room, methods, stages
-    from kdcli.cli import show
+    from kdcli import methods
+    from kdcli.cli import tables
+    from kdcli.workflows import distill as room, stages
 
     label = config.method.label
     with contextlib.ExitStack() as stack:
@@ -90,38 +93,39 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
         _, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
         session = room.open_session({label: config}, classroom, run, {label: run}, keep)
         if not quiet:
-            show.notes([*notes, *classroom.notes])
+            tables.notes([*notes, *classroom.notes])
         if resume:
             room.same_room(run, classroom)
         else:  # only now, so that what cannot be trained leaves no folder
             stack.enter_context(run.writing())
             room.start(session, kind, classroom)
         said = config.classroom.student.partition("@")[0] if kind == "train" else label
-        show.follow(room.go(session, resume=resume), said, quiet=quiet)
+        tables.follow(room.go(session, resume=resume), said, quiet=quiet)
     return told(config, run, quiet)
 
 
 def teller(notes, quiet):
     """Shows what was chosen for each classroom of several, then follows its training."""
-    from kdcli.cli import show
+    from kdcli.cli import tables
 
     def follow(classroom, events, label):
         if not quiet:
-            show.notes([*notes, *classroom.notes])
-            show.line("now", label)
-        show.follow(events, label, quiet=quiet)
+            tables.notes([*notes, *classroom.notes])
+            tables.line("now", label)
+        tables.follow(events, label, quiet=quiet)
 
     return follow
 
 
 def told(config, run, quiet):
     """Print a finished run's outcome, and return it as data."""
-    from kdcli import dist, distill as room
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.system import distributed
+    from kdcli.workflows import distill as room
 
     label = config.method.label
-    result = dist.first(lambda: room.result(label, run))
-    facts = dist.first(lambda: run.provenance)
+    result = distributed.first(lambda: room.result(label, run))
+    facts = distributed.first(lambda: run.provenance)
     stages = facts.get("stages", {})
     if not quiet:
         published = config.expect.top1.get(label) if config.expect else None
@@ -133,8 +137,8 @@ def told(config, run, quiet):
             rows.append([f"published ({config.expect.epoch} epoch) %", f"{published:.2f}"])
             rows.append(["", "reproduced" if within else f"off by {measured - published:+.2f}"])
         rows += [[f"stage {name} %", f"{one['top1']:.2f}"] for name, one in stages.items()]
-        show.table(["", f"{facts['data']['name']} test"], rows)
-        show.line("run", run.path)
+        tables.table(["", f"{facts['data']['name']} test"], rows)
+        tables.line("run", run.path)
     return {
         "run": str(run.path), "top1": result.top1, "epoch": result.epoch, "last": result.last, "best": result.best,
         "best_epoch": result.best_epoch, **({"stages": stages} if stages else {}),

@@ -14,18 +14,18 @@ def doctor(
     json: o.Json = False,
 ) -> None:
     """Devices, precisions, versions, data roots, and a self-test of under a minute."""
-    from kdcli import doctor as room
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.workflows import doctor as room
 
     found = room.examine(self_test=test)
     if json:
-        show.as_json(found)
+        tables.as_json(found)
     else:
         for part, facts in found.items():
-            show.table([part, ""], [[key, value] for key, value in facts.items()], left=2)
-            show.console.print()
+            tables.table([part, ""], [[key, value] for key, value in facts.items()], left=2)
+            tables.console.print()
     if test and found["self-test"]["result"] != "passed":
-        show.errors.print("[red bold]error:[/] the self-test failed: what is above says where")
+        tables.errors.print("[red bold]error:[/] the self-test failed: what is above says where")
         raise typer.Exit(1)
     if not json:
-        show.next_line("kdcli quickstart")
+        tables.next_line("kdcli quickstart")

@@ -26,10 +26,11 @@ def evaluate(
     """Top-1, top-5, loss, calibration and every class's accuracy of a run, a checkpoint or an exported file."""
     from dataclasses import asdict
 
-    from kdcli import device as devices, evaluate as room
-    from kdcli.cli import show
-    from kdcli.cli.subject import subject
+    from kdcli.cli import tables
+    from kdcli.cli.resolve import subject
     from kdcli.errors import DataError, RecipeError
+    from kdcli.system import device as devices
+    from kdcli.training import evaluate as room
 
     if split not in ("test", "train", "holdout"):
         raise RecipeError(f"--split {split}: no such part", hint="Allowed: test, train, holdout.")
@@ -42,13 +43,13 @@ def evaluate(
     if mentors:
         if what.run is None:
             raise RecipeError("--mentors needs a run, whose recipe names them", hint="kdcli evaluate RUN --mentors")
-        from kdcli import stages
-        from kdcli.classroom import seat
+        from kdcli.mentors.classroom import seat
+        from kdcli.workflows import stages
 
         teachers = {m.name: m for m in seat(stages.recipe_of(what.run), what.data, picked).mentors}
     result = room.report(what.model, part, what.data.classes, picked, teachers)
     if json:
-        show.as_json({"model": what.name, "data": what.data.name, "split": split, **asdict(result)})
+        tables.as_json({"model": what.name, "data": what.data.name, "split": split, **asdict(result)})
         return
     rows = [
         ["images", result.images],
@@ -58,15 +59,15 @@ def evaluate(
         ["calibration error %", f"{result.calibration:.2f}"],
         *[[f"agrees with {name} %", f"{value:.2f}"] for name, value in result.agreement.items()],
     ]
-    show.table([what.name, f"{what.data.name} {split}"], rows)
+    tables.table([what.name, f"{what.data.name} {split}"], rows)
     worst = sorted(result.per_class.items(), key=lambda item: item[1])
     if len(worst) > 20:
         worst = worst[:20]
-        show.console.print(f"[dim]the 20 hardest of {len(result.per_class)} classes; --json has all[/]")
-    show.table(["class", "top-1 %"], [[name, f"{value:.1f}"] for name, value in worst])
+        tables.console.print(f"[dim]the 20 hardest of {len(result.per_class)} classes; --json has all[/]")
+    tables.table(["class", "top-1 %"], [[name, f"{value:.1f}"] for name, value in worst])
     if what.run:
-        show.next_line("kdcli export --onnx" + (f" {model}" if model else ""))
+        tables.next_line("kdcli export --onnx" + (f" {model}" if model else ""))
     elif model and model.endswith(".onnx"):
-        show.next_line(f"kdcli bench {model}")
+        tables.next_line(f"kdcli bench {model}")
     else:
-        show.next_line(f"kdcli distill --teacher {model} --student NAME --data {what.data.name}")
+        tables.next_line(f"kdcli distill --teacher {model} --student NAME --data {what.data.name}")

@@ -22,10 +22,10 @@ def export(
     from dataclasses import asdict
     from pathlib import Path
 
-    from kdcli import run as runs
-    from kdcli.cli import show
-    from kdcli.cli.subject import subject
+    from kdcli.cli import tables
+    from kdcli.cli.resolve import subject
     from kdcli.export.onnx import export_onnx
+    from kdcli.training import run as runs
 
     if run:
         runs.find(run)  # a run and nothing else: only its recipe says on which pictures to check the file
@@ -36,18 +36,18 @@ def export(
         what.model, what.data.test.take(64), path, batch=batch, opset=opset, metadata=about(what.run, what.data)
     )
     if json:
-        show.as_json(asdict(done))
+        tables.as_json(asdict(done))
         return
     rows = [
-        ["size", show.size(done.size)],
+        ["size", tables.size(done.size)],
         ["batch", "any" if done.dynamic else batch],
         ["opset", done.opset],
         ["checked on", f"{done.checked_on} images in onnxruntime"],
         ["same first answer %", f"{done.agreement:.2f}"],
         ["largest difference", f"{done.max_difference:.2e}"],
     ]
-    show.table([str(done.path), ""], rows)
-    show.next_line(f"kdcli bench {done.path}")
+    tables.table([str(done.path), ""], rows)
+    tables.next_line(f"kdcli bench {done.path}")
 
 
 def about(run, data) -> dict[str, str]:

@@ -20,32 +20,32 @@ def models(
     json: o.Json = False,
 ) -> None:
     """Search timm, torchvision and the zoo: parameters, multiply-adds, input size, weights."""
-    from kdcli import names, zoo
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.errors import RecipeError
+    from kdcli.models import cards, registry
 
-    if source not in (None, *names.SOURCES):
+    if source not in (None, *registry.SOURCES):
         raise RecipeError(f"--source {source}: no such source", hint="Allowed: zoo, timm, torchvision.")
-    hits = names.search(pattern, source)
+    hits = registry.search(pattern, source)
     if not hits:
         raise RecipeError(f"no model's name holds {pattern!r}", hint="`kdcli models resnet`, or a pattern with *.")
     trained: dict[str, list[str]] = {}
-    for card in zoo.cards():
-        if zoo.weights_path(card):
+    for card in cards.cards():
+        if cards.weights_path(card):
             trained.setdefault(card.architecture, []).append(card.dataset)
     found = []
     for name in hits[:limit]:
-        facts = names.facts(name, classes, image_size)
+        facts = registry.facts(name, classes, image_size)
         found.append({"name": name.arch, "source": name.source, **facts, "zoo": trained.get(name.full, [])})
     if json:
-        show.as_json(found)
+        tables.as_json(found)
         return
     rows = [
-        [f["name"], f["source"], f"{f['params']:,}", show.count(f["macs"]), f"{f['input_size']} px", f["num_classes"],
+        [f["name"], f["source"], f"{f['params']:,}", tables.count(f["macs"]), f"{f['input_size']} px", f["num_classes"],
          ", ".join([*(["pretrained"] if f["pretrained"] else []), *f["zoo"]])]
         for f in found
     ]  # fmt: skip
-    show.table(["name", "source", "parameters", "multiply-adds", "input", "classes", "weights"], rows, left=2)
+    tables.table(["name", "source", "parameters", "multiply-adds", "input", "classes", "weights"], rows, left=2)
     if len(hits) > limit:
-        show.console.print(f"[dim]{len(hits) - limit} more; --limit {len(hits)} shows them[/]")
-    show.next_line(f"kdcli train --model {hits[0].arch} --data NAME")
+        tables.console.print(f"[dim]{len(hits) - limit} more; --limit {len(hits)} shows them[/]")
+    tables.next_line(f"kdcli train --model {hits[0].arch} --data NAME")

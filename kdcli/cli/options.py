@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import own, recipe as recipes
+from kdcli import recipe as recipes
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.recipe import Recipe
+from kdcli.system import user_code
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def assemble(
             notes.append(("training", f"recipe {name}", "no --recipe was given"))
         start = recipes.load(name)
     if method:
-        start = start.with_method(own.resolve(method))
+        start = start.with_method(user_code.resolve(method))
     return start.with_(**{**over, **given}), notes
 
 
@@ -108,7 +109,7 @@ def _defaults(data: str, root: str | None) -> str:
     if kind == "pack" and where:
         from kdcli.data.pack import facts
         from kdcli.data.sources import here_or
-        from kdcli.home import data_root
+        from kdcli.system.paths import data_root
 
         kind = facts(here_or(data_root(root), where))["kind"]  # of what was packed
     return f"defaults/{'cifar' if kind.startswith('cifar') else kind}"
@@ -138,16 +139,17 @@ def typed(command: str, sets: list[str] | None, skip_corrupt: bool, **given: obj
 
 def place(device: str | None, gpus: int | None) -> "torch.device":
     """The device to compute on. With `gpus` the command goes on in ranks instead, and this process leaves with them."""
-    from kdcli import cli, device as devices, dist
-    from kdcli.cli import show
+    from kdcli import cli
+    from kdcli.cli import tables
+    from kdcli.system import device as devices, distributed
 
-    if gpus is not None and dist.expected() == 1:
-        from kdcli import launch
+    if gpus is not None and distributed.expected() == 1:
+        from kdcli.cli import launch
 
         launch.launch(cli.typed, gpus, device, debug="--debug" in cli.typed)
-    picked = dist.join(devices.pick(device), gpus)
-    if dist.attempt():
-        show.errors.print(f"[dim]a rank died: all were started again, {dist.attempt()} times so far[/]")
+    picked = distributed.join(devices.pick(device), gpus)
+    if distributed.attempt():
+        tables.errors.print(f"[dim]a rank died: all were started again, {distributed.attempt()} times so far[/]")
     return picked
 
 

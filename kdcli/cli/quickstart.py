@@ -17,53 +17,54 @@ def quickstart(
     import time
     from dataclasses import asdict
 
-    from kdcli import device as devices, quickstart as room
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.cli.compare import show_comparison
+    from kdcli.system import device as devices
+    from kdcli.workflows import quickstart as room
 
     config, _ = o.assemble("quickstart", epochs=epochs, sets=sets)
     began = time.perf_counter()
-    say = (lambda *_: None) if json else show.console.print
+    say = (lambda *_: None) if json else tables.console.print
     per_class = config.data.per_class
     say(
         f"Real handwritten digits (scikit-learn). Mentors learn from all training images, students from "
         f"{per_class or 'all'} of each digit.",
     )
     story = room.tell(
-        config, o.seeds(seeds or "3"), devices.pick(device), out, lambda e, s: show.follow(e, s, quiet=json)
+        config, o.seeds(seeds or "3"), devices.pick(device), out, lambda e, s: tables.follow(e, s, quiet=json)
     )
     seconds = time.perf_counter() - began
     if json:
-        show.as_json({
+        tables.as_json({
             "run": str(story.run.path), "seconds": round(seconds, 1), "comparison": asdict(story.comparison),
             "shipped": [asdict(row) for row in story.shipped],
         })  # fmt: skip
         return
-    show.notes(story.classroom.notes)
-    show.console.print()
+    tables.notes(story.classroom.notes)
+    tables.console.print()
     show_comparison(story.comparison)
-    show.console.print()
-    show.table(
+    tables.console.print()
+    tables.table(
         ["", *(f"{row.role}" for row in story.shipped)],
         [
             ["network", *(row.name for row in story.shipped)],
             ["top-1 % in torch", *(f"{row.top1_torch:.2f}" for row in story.shipped)],
             ["top-1 % in onnxruntime", *(f"{row.top1_onnx:.2f}" for row in story.shipped)],
             ["parameters", *(f"{row.params:,}" for row in story.shipped)],
-            ["multiply-adds", *(show.count(row.macs) for row in story.shipped)],
-            ["file", *(show.size(row.size) for row in story.shipped)],
+            ["multiply-adds", *(tables.count(row.macs) for row in story.shipped)],
+            ["file", *(tables.size(row.size) for row in story.shipped)],
             ["latency p50 ms", *(f"{row.p50:.3f}" for row in story.shipped)],
             ["latency p90 ms", *(f"{row.p90:.3f}" for row in story.shipped)],
         ],
         title=f"Shipping report: seed {o.seeds(seeds or '3')[0]}, one image, one thread",
     )
-    show.console.print(f"\n{_gained(story)}")
-    show.console.print(f"[dim]{seconds:.0f} s; everything is in {story.run.path}[/]")
+    tables.console.print(f"\n{_gained(story)}")
+    tables.console.print(f"[dim]{seconds:.0f} s; everything is in {story.run.path}[/]")
     learner = story.run.path / f"classroom-{o.seeds(seeds or '3')[0]}"
-    show.console.print("\nThen, with your own pictures (one folder a class):")
-    show.console.print("  kdcli train --model resnet34@pretrained --data folder:DIR")
-    show.console.print("  kdcli distill --teacher resnet34 --student mobilenetv3_small --data folder:DIR")
-    show.next_line(f"kdcli evaluate {learner}")
+    tables.console.print("\nThen, with your own pictures (one folder a class):")
+    tables.console.print("  kdcli train --model resnet34@pretrained --data folder:DIR")
+    tables.console.print("  kdcli distill --teacher resnet34 --student mobilenetv3_small --data folder:DIR")
+    tables.next_line(f"kdcli evaluate {learner}")
 
 
 def _gained(story) -> str:

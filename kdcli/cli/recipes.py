@@ -17,22 +17,22 @@ def ls(
 ) -> None:
     """List the built-in recipes."""
     from kdcli import recipe as recipes
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.errors import RecipeError
 
     found = [(name, recipes.load(name)) for name in recipes.names() if part in name]
     if not found:
         raise RecipeError(f"no built-in recipe's name holds {part!r}", hint="`kdcli recipes ls` lists all.")
     if json:
-        show.as_json([{"name": name, "title": one.title, "source": one.source} for name, one in found])
+        tables.as_json([{"name": name, "title": one.title, "source": one.source} for name, one in found])
         return
     rows = [
         [name, one.title, f"{one.expect.top1[one.method.name]:.2f}"
          if one.expect and one.method.name in one.expect.top1 else ""]
         for name, one in found
     ]  # fmt: skip
-    show.table(["recipe", "what", "published %"], rows, left=2)
-    show.next_line(f"kdcli recipes cat {found[0][0]}")
+    tables.table(["recipe", "what", "published %"], rows, left=2)
+    tables.next_line(f"kdcli recipes cat {found[0][0]}")
 
 
 @app.command("cat", epilog="Examples:\n\nkdcli recipes cat quickstart\n\nkdcli recipes cat cifar100/r56-r20 --whole")
@@ -43,10 +43,10 @@ def cat(
 ) -> None:
     """Print a recipe as it is written, or whole."""
     from kdcli import recipe as recipes
-    from kdcli.cli import show
+    from kdcli.cli import tables
 
     if json:
-        show.as_json(recipes.load(name).model_dump(mode="json"))
+        tables.as_json(recipes.load(name).model_dump(mode="json"))
     elif whole:
         print(recipes.load(name).toml(), end="")
     else:
@@ -59,13 +59,14 @@ def cp(
     to: Annotated[Path | None, typer.Argument(help="The new file (default: the recipe's name here).")] = None,
 ) -> None:
     """Copy a recipe, with all it extends, to edit it."""
-    from kdcli import files, recipe as recipes
-    from kdcli.cli import show
+    from kdcli import recipe as recipes
+    from kdcli.cli import tables
     from kdcli.errors import RecipeError
+    from kdcli.system import files
 
     target = to or Path(Path(name).with_suffix(".toml").name)
     if target.exists():
         raise RecipeError(f"{target} exists", hint="Name another file.")
     files.write_text(target, recipes.load(name).toml())
-    show.line("wrote", target)
-    show.next_line(f"kdcli check --recipe {target}")
+    tables.line("wrote", target)
+    tables.next_line(f"kdcli check --recipe {target}")

@@ -12,8 +12,8 @@ app = typer.Typer(no_args_is_help=True, help="The runs under runs/: list, show, 
 @app.command("ls", epilog="Examples:\n\nkdcli runs ls\n\nkdcli runs ls --json")
 def ls(json: o.Json = False) -> None:
     """List the runs, the oldest first."""
-    from kdcli import run as runs
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.training import run as runs
 
     found = []
     for run in runs.every():
@@ -24,32 +24,33 @@ def ls(json: o.Json = False) -> None:
             "started": facts.get("started"),
         })  # fmt: skip
     if json:
-        show.as_json(found)
+        tables.as_json(found)
         return
     if not found:
-        show.console.print("no runs here yet")
-        show.next_line("kdcli quickstart")
+        tables.console.print("no runs here yet")
+        tables.next_line("kdcli quickstart")
         return
     rows = [
         [f["run"], f["kind"], f["student"], f["method"], f["data"],
-         "" if f["top1"] is None else f"{f['top1']:.2f}", "done" if f["finished"] else "stopped", show.size(f["size"])]
+         "" if f["top1"] is None else f"{f['top1']:.2f}", "done" if f["finished"] else "stopped",
+         tables.size(f["size"])]
         for f in found
     ]  # fmt: skip
-    show.table(["run", "kind", "student", "method", "data", "top-1 %", "state", "size"], rows, left=5)
+    tables.table(["run", "kind", "student", "method", "data", "top-1 %", "state", "size"], rows, left=5)
     last = found[-1]
-    show.next_line(f"kdcli runs show {last['run']}")
+    tables.next_line(f"kdcli runs show {last['run']}")
 
 
 @app.command("show", epilog="Examples:\n\nkdcli runs show\n\nkdcli runs show runs/my-run --json")
 def show_run(run: o.RunName = None, json: o.Json = False) -> None:
     """Show a run: where it comes from and its last metrics."""
-    from kdcli import run as runs
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.training import run as runs
 
     found = runs.find(run, learner=False)
     facts, rows = found.provenance, found.metrics()
     if json:
-        show.as_json({"run": str(found.path), "provenance": facts, "metrics": rows})
+        tables.as_json({"run": str(found.path), "provenance": facts, "metrics": rows})
         return
     plain = ("kind", "command", "started", "device", "recipe", "top1", "epoch", "best", "best_epoch")
     known = {key: facts[key] for key in plain if key in facts}
@@ -60,17 +61,17 @@ def show_run(run: o.RunName = None, json: o.Json = False) -> None:
         stage = runs.Run(found.path / "stages" / name)
         lines += [[f"stage {name}", f"{stage.provenance['top1']:.2f}" if stage.done else "not finished"]]
     lines += [["state", "done" if found.finished else f"stopped after {len(rows)} epochs"]]
-    show.table([found.name, ""], lines, left=2)
+    tables.table([found.name, ""], lines, left=2)
     if found.kind == "compare":
         if found.finished:
-            from kdcli import compare
             from kdcli.cli.compare import show_comparison
+            from kdcli.workflows import compare
 
             show_comparison(compare.summarise(found))
     elif rows:
-        show.table(["last epoch", ""], [[key, f"{value:.4g}"] for key, value in rows[-1].items()])
+        tables.table(["last epoch", ""], [[key, f"{value:.4g}"] for key, value in rows[-1].items()])
     verb = "compare" if found.kind == "compare" else "train" if found.kind == "train" else "distill"
-    show.next_line(
+    tables.next_line(
         "kdcli export --onnx " + str(found.path) if found.finished else f"kdcli {verb} --resume {found.path}"
     )
 
@@ -81,13 +82,14 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a run's folder."""
-    from kdcli import lock, run as runs
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.system import lock
+    from kdcli.training import run as runs
 
     found = runs.find(run, learner=False)
     lock.check(found.path)
     if not yes:
-        typer.confirm(f"Remove {found.path} ({show.size(found.size())})?", abort=True)
+        typer.confirm(f"Remove {found.path} ({tables.size(found.size())})?", abort=True)
     found.remove()
-    show.line("removed", found.path)
-    show.next_line("kdcli runs ls")
+    tables.line("removed", found.path)
+    tables.next_line("kdcli runs ls")

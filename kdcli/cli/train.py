@@ -37,11 +37,13 @@ def train(
         resume, model=model, data=data, recipe=recipe, epochs=epochs, seed=seed, set=sets, out=out, keep=keep,
         data_root=data_root, skip_corrupt=skip_corrupt,
     )  # fmt: skip
-    from kdcli import dist, distill as room, recipe as recipes
-    from kdcli.cli import show
+    from kdcli import recipe as recipes
+    from kdcli.cli import tables
     from kdcli.cli.distill import to_resume, train_one
     from kdcli.errors import RecipeError
     from kdcli.recipe import Recipe
+    from kdcli.system import distributed
+    from kdcli.workflows import distill as room
 
     picked = o.place(device, gpus)
     resume = resume or room.begun()
@@ -63,22 +65,22 @@ def train(
         run = room.run_folder(out, config, "train")
         wanted = _epochs(keep, config.train.epochs)
     outcome = train_one(config, run, picked, "train", notes=notes, resume=bool(resume), quiet=json, keep=wanted)
-    added, name = dist.first(lambda: into_zoo(run)), str(config.classroom.student).partition("@")[0]
+    added, name = distributed.first(lambda: into_zoo(run)), str(config.classroom.student).partition("@")[0]
     if json:
-        show.as_json({**outcome, "zoo": added.model_dump()})
+        tables.as_json({**outcome, "zoo": added.model_dump()})
         return
-    show.line("zoo", f"{added.architecture} on {added.dataset}, {added.top1:.2f} % ({added.sha256[:12]})")
+    tables.line("zoo", f"{added.architecture} on {added.dataset}, {added.top1:.2f} % ({added.sha256[:12]})")
     for epoch in sorted(wanted):
-        show.line("kept", f"{name}@{run.path}#{epoch}")
-    show.next_line(f"kdcli distill --teacher {name} --student NAME --data {config.data.name}")
+        tables.line("kept", f"{name}@{run.path}#{epoch}")
+    tables.next_line(f"kdcli distill --teacher {name} --student NAME --data {config.data.name}")
 
 
 def into_zoo(run):
     """Add a finished run's student to the user's zoo."""
-    from kdcli import weights, zoo
+    from kdcli.models import cards, weights
 
-    card = zoo.read_card(run.path / "student.toml")
-    return zoo.add(weights.load_state(run.path / "student.safetensors"), card)
+    card = cards.read_card(run.path / "student.toml")
+    return cards.add(weights.load_state(run.path / "student.safetensors"), card)
 
 
 def _epochs(text: str | None, last: int) -> set[int]:

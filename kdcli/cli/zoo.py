@@ -13,20 +13,22 @@ app = typer.Typer(no_args_is_help=True, help="Trained mentors: list, add, verify
 @app.command("ls", epilog="Examples:\n\nkdcli zoo ls\n\nkdcli zoo ls --json")
 def ls(json: o.Json = False) -> None:
     """List the models of your zoo and the cards that ship with kdcli."""
-    from kdcli import zoo
-    from kdcli.cli import show
+    from kdcli.cli import tables
+    from kdcli.models import cards as zoo
 
     cards = zoo.cards()
     if json:
-        show.as_json([{**card.model_dump(mode="json"), "weights": str(zoo.weights_path(card) or "")} for card in cards])
+        tables.as_json(
+            [{**card.model_dump(mode="json"), "weights": str(zoo.weights_path(card) or "")} for card in cards]
+        )
         return
     rows = [
         [card.architecture, card.dataset, "" if card.top1 is None else f"{card.top1:.2f}", card.epoch,
          card.sha256[:12], card.licence, card.origin, "here" if zoo.weights_path(card) else "card only"]
         for card in cards
     ]  # fmt: skip
-    show.table(["architecture", "data", "top-1 %", "epoch", "sha256", "licence", "origin", "weights"], rows, left=2)
-    show.next_line("kdcli train --model NAME --data NAME")
+    tables.table(["architecture", "data", "top-1 %", "epoch", "sha256", "licence", "origin", "weights"], rows, left=2)
+    tables.next_line("kdcli train --model NAME --data NAME")
 
 
 @app.command(
@@ -42,33 +44,33 @@ def add(
     json: o.Json = False,
 ) -> None:
     """Add a run's student or a checkpoint file to your zoo; a file is scored on its data first."""
-    from kdcli import run as runs
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.cli.train import into_zoo
+    from kdcli.training import run as runs
 
     if Path(what).is_file():
         card = _from_file(Path(what), architecture, data, licence, data_root)
     else:
         card = into_zoo(runs.find(what))
     if json:
-        show.as_json(card.model_dump(mode="json"))
+        tables.as_json(card.model_dump(mode="json"))
         return
-    show.line("added", f"{card.line()} ({card.sha256[:12]})")
-    show.next_line("kdcli zoo ls")
+    tables.line("added", f"{card.line()} ({card.sha256[:12]})")
+    tables.next_line("kdcli zoo ls")
 
 
 @app.command("verify", epilog="Examples:\n\nkdcli zoo verify\n\nkdcli zoo verify --json")
 def verify(json: o.Json = False) -> None:
     """Check every file of your zoo against its card's sha256."""
-    from kdcli import zoo
-    from kdcli.cli import show
+    from kdcli.cli import tables
     from kdcli.errors import WeightsError
+    from kdcli.models import cards as zoo
 
     found = [(card, *zoo.verify(card)) for card in zoo.cards(shipped=False)]
     if json:
-        show.as_json([{"model": card.line(), "state": state, "detail": detail} for card, state, detail in found])
+        tables.as_json([{"model": card.line(), "state": state, "detail": detail} for card, state, detail in found])
     else:
-        show.table(["model", "state", ""], [[card.line(), state, detail] for card, state, detail in found], left=3)
+        tables.table(["model", "state", ""], [[card.line(), state, detail] for card, state, detail in found], left=3)
     bad = [card for card, state, _ in found if state != "ok"]
     if bad:
         paths = ", ".join(str(card.path) for card in bad)
@@ -81,11 +83,12 @@ def verify(json: o.Json = False) -> None:
 def _from_file(path: Path, architecture: str | None, data: str | None, licence: str, root: str | None):
     import torch
 
-    from kdcli import learner, zoo
-    from kdcli.cli.subject import mentor_on
+    from kdcli.cli.resolve import mentor_on
     from kdcli.errors import RecipeError
-    from kdcli.evaluate import score
+    from kdcli.models import cards as zoo
     from kdcli.recipe import Recipe
+    from kdcli.training import learner
+    from kdcli.training.evaluate import score
 
     known = zoo.identify(path)
     architecture = architecture or (known.architecture if known else None)

@@ -26,7 +26,7 @@ from kdcli.data.decode import Part, corrupt, reason
 from kdcli.data.folder import Listing
 from kdcli.data.split import check_classes
 from kdcli.errors import DataError, RecipeError
-from kdcli.files import write_atomic
+from kdcli.system.files import write_atomic
 
 FORMAT = "kdcli pack 1"
 ENDING = ".pack"

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from timm.data.imagenet_info import ImageNetInfo
 
-from kdcli import dist
-from kdcli.data import arrays, folder, gpu, pack
-from kdcli.data.base import DataSet, Device, Pixels, Split, Store, moments, square
+from kdcli.data import arrays, decode_cuda, folder, pack
+from kdcli.data.dataset import DataSet, Device, Pixels, Split, Store, moments, square
 from kdcli.data.decode import Part
-from kdcli.data.readers import Files, Readers
 from kdcli.data.split import balanced, check_classes, held_out
 from kdcli.data.views import Views, preset
+from kdcli.data.workers import Files, Readers
 from kdcli.errors import DataError, RecipeError, did_you_mean
-from kdcli.home import data_root
 from kdcli.recipe import DataConfig
+from kdcli.system import distributed
+from kdcli.system.paths import data_root
 
 SOURCES = ("digits", "cifar10", "cifar100", "imagenet", "imagenet:DIR", "folder:DIR", "pack:FILE", "npz:FILE")
 IMAGENET_MOMENTS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -219,7 +219,7 @@ def here_or(root: Path, where: str) -> Path:
 def cores() -> int:
     """Cores this process may use, shared with the other ranks on this machine."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(here // dist.neighbours(), 1)
+    return max(here // distributed.neighbours(), 1)
 
 
 def _open_files(
@@ -236,12 +236,12 @@ def _open_files(
         notes.append(("data.skip_corrupt", f"{len(skipped)} left out: {', '.join(skipped[:5])}{more}", "unreadable"))
     readers = _readers(config, (train, test), views)
     stores: list[Store] = []
-    lacking = gpu.unable(device) if config.decode == "cuda" else ""
+    lacking = decode_cuda.unable(device) if config.decode == "cuda" else ""
     if lacking:
         notes.append(("data.decode", "cpu", f"not on the GPU: {lacking}"))
     on_gpu = config.decode == "cuda" and not lacking
     for part in (0, 1):
-        store: Store = gpu.GpuFiles(readers, part, device) if on_gpu else Files(readers, part)
+        store: Store = decode_cuda.GpuFiles(readers, part, device) if on_gpu else Files(readers, part)
         small = size <= CACHE_SIZE and (len(train) + len(test)) * 3 * size**2 <= CACHE_BYTES
         if small and not views.preset.resized:  # with the same pixels as when streamed: only the speed differs
             store = _kept(readers.decoded(part, cores()), views, device)

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from kdcli import shares
-from kdcli.data.base import Batch, DataSet, Device
+from kdcli.data.dataset import Batch, DataSet, Device
 from kdcli.data.views import Views, number
 from kdcli.errors import RecipeError
+from kdcli.system import shards
 
 ORDER, MIX = 1, 2  # what a hash of (seed, epoch) is for
 
@@ -85,7 +85,7 @@ class Stream:
         view = train.store.views.draw(self.seed, epoch, index)
         host = zip(index.split(size), view.split(size), strict=True)
         names = zip(*(x.to(self.device).split(size) for x in (train.targets[rows], index, view)), strict=True)
-        mine, few = shares.own_rows(len(rows), size, self.mixing)
+        mine, few = shards.own_rows(len(rows), size, self.mixing)
         pixels = train.store.batches(index[mine], view[mine], few, self.device)
         seconds: Iterator[Tensor | None] = itertools.repeat(None)
         if self._strong is not None:
@@ -94,7 +94,7 @@ class Stream:
         for n, (x, (target, index, view), here) in enumerate(zip(pixels, names, host, strict=True), start):
             if self.mixing:
                 x, target = self._mix(x, target, number(self.seed, epoch, MIX, n))
-            yield shares.divide(Batch(x, target, index, view, here, strong=next(seconds)), self.mixing)
+            yield shards.divide(Batch(x, target, index, view, here, strong=next(seconds)), self.mixing)
 
     def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:
         """The pixels an epoch yielded under these names, to the bit (before mixing, which has no name)."""

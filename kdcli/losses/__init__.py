@@ -5,7 +5,7 @@ keyword-only and named as in the papers. Everything is computed in float32 and s
 logits up to 1e4: probabilities are only ever touched as log-softmax and log-sum-exp.
 """
 
-from kdcli.losses.classroom import (
+from kdcli.losses.classroom_kd import (
     GAP_LIMIT,
     log_batch_mark,
     log_mark,

@@ -7,15 +7,15 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, create_model
 from torch import nn
 
-from kdcli import own
 from kdcli.errors import KdcliError, RecipeError, did_you_mean
 from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
+from kdcli.system import user_code
 
 METHODS = {
-    "nokd": "kdcli.methods.plain:NoKD",
-    "kd": "kdcli.methods.plain:KD",
-    "aver": "kdcli.methods.plain:Aver",
-    "classroom": "kdcli.methods.classroom:ClassroomKD",
+    "nokd": "kdcli.methods.baselines:NoKD",
+    "kd": "kdcli.methods.baselines:KD",
+    "aver": "kdcli.methods.baselines:Aver",
+    "classroom": "kdcli.methods.classroom_kd:ClassroomKD",
     "tekap": "kdcli.methods.tekap:TeKAP",
     "disk": "kdcli.methods.disk:DiSK",
     "dkd": "kdcli.methods.logits:DKD",
@@ -25,31 +25,31 @@ METHODS = {
     "ctkd": "kdcli.methods.temperature:CTKD",
     "dtkd": "kdcli.methods.temperature:DTKD",
     "mlkd": "kdcli.methods.multilevel:MLKD",
-    "fitnets": "kdcli.methods.maps:FitNets",
-    "at": "kdcli.methods.maps:AT",
-    "sp": "kdcli.methods.maps:SP",
-    "nst": "kdcli.methods.maps:NST",
-    "vid": "kdcli.methods.maps:VID",
-    "smkd": "kdcli.methods.attention:SMKD",
-    "semckd": "kdcli.methods.attention:SemCKD",
-    "pkt": "kdcli.methods.relations:PKT",
-    "rkd": "kdcli.methods.relations:RKD",
-    "crd": "kdcli.methods.contrast:CRD",
-    "ft": "kdcli.methods.stages:FT",
-    "ab": "kdcli.methods.stages:AB",
-    "srrl": "kdcli.methods.heads:SRRL",
-    "simkd": "kdcli.methods.heads:SimKD",
-    "ofa": "kdcli.methods.heads:OFA",
-    "ebkd": "kdcli.methods.several:EBKD",
-    "camkd": "kdcli.methods.several:CAMKD",
-    "aekd": "kdcli.methods.several:AEKD",
+    "fitnets": "kdcli.methods.features:FitNets",
+    "at": "kdcli.methods.features:AT",
+    "sp": "kdcli.methods.features:SP",
+    "nst": "kdcli.methods.features:NST",
+    "vid": "kdcli.methods.features:VID",
+    "smkd": "kdcli.methods.feature_attention:SMKD",
+    "semckd": "kdcli.methods.feature_attention:SemCKD",
+    "pkt": "kdcli.methods.relational:PKT",
+    "rkd": "kdcli.methods.relational:RKD",
+    "crd": "kdcli.methods.crd:CRD",
+    "ft": "kdcli.methods.feature_pretraining:FT",
+    "ab": "kdcli.methods.feature_pretraining:AB",
+    "srrl": "kdcli.methods.classifier:SRRL",
+    "simkd": "kdcli.methods.classifier:SimKD",
+    "ofa": "kdcli.methods.classifier:OFA",
+    "ebkd": "kdcli.methods.multi_teacher:EBKD",
+    "camkd": "kdcli.methods.multi_teacher:CAMKD",
+    "aekd": "kdcli.methods.multi_teacher:AEKD",
     "takd": "kdcli.methods.assistants:TAKD",
     "dgkd": "kdcli.methods.assistants:DGKD",
     "dml": "kdcli.methods.online:DML",
     "one": "kdcli.methods.online:ONE",
     "okddip": "kdcli.methods.online:OKDDip",
     "ffl": "kdcli.methods.online:FFL",
-    "shake": "kdcli.methods.shadow:SHAKE",
+    "shake": "kdcli.methods.shake:SHAKE",
 }
 
 FEATURES = {"fitnets", "at", "sp", "nst", "vid", "smkd", "pkt", "rkd", "crd", "ft", "ab", "simkd"}
@@ -63,8 +63,8 @@ __all__ = [
 
 def find(name: str) -> type[Method]:
     """The class of a method. Raises RecipeError with the nearest name."""
-    if own.named(name):
-        return own.load(name)
+    if user_code.named(name):
+        return user_code.load(name)
     if name not in METHODS:
         hint = did_you_mean(name, METHODS) or "A class of your own is my_file.py:Mine."
         raise RecipeError(f"method.name: no method called {name!r}", hint=hint)
@@ -74,7 +74,7 @@ def find(name: str) -> type[Method]:
 
 def options(name: str) -> dict[str, inspect.Parameter]:
     """A method's options: its constructor's keyword arguments."""
-    return _arguments(find(name), own.label(name))
+    return _arguments(find(name), user_code.label(name))
 
 
 def in_force(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -92,15 +92,15 @@ def build(name: str, given: dict[str, Any], where: str = "recipe") -> Method:
 
     Raises RecipeError naming the key, what is allowed and the nearest option.
     """
-    cls, label = find(name), own.label(name)
+    cls, label = find(name), user_code.label(name)
     plain = {key: value for key, value in given.items() if key != "tekap"}
     try:
         method = cls(**_checked(f"method {label}", options(name), plain, f"{where}: method"))
     except Exception as error:
-        if isinstance(error, KdcliError) or not own.named(name):
+        if isinstance(error, KdcliError) or not user_code.named(name):
             raise
         raise RecipeError(
-            f"{where}: method {label} cannot be made: {own.words(error)}", hint="--debug shows the traceback."
+            f"{where}: method {label} cannot be made: {user_code.words(error)}", hint="--debug shows the traceback."
         ) from error
     around = given.get("tekap", False)
     return method if around is False else _around(method, name, around, f"{where}: method.tekap")
@@ -123,7 +123,7 @@ def _around(method: Method, name: str, given: Any, where: str) -> Method:
         )
     if not method.teachers:
         raise RecipeError(
-            f"{where}: it adds noise to mentors' logits, and method {own.label(name)} has no mentors",
+            f"{where}: it adds noise to mentors' logits, and method {user_code.label(name)} has no mentors",
             hint="Leave it out, or choose a method that learns from mentors (kd, dkd).",
         )
     table = given if isinstance(given, dict) else {}

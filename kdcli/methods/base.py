@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from kdcli.classroom import Member
     from kdcli.data import DataSet
+    from kdcli.mentors.classroom import Member
     from kdcli.recipe import TrainConfig
     from kdcli.tasks import Classify
 

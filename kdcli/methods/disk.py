@@ -11,7 +11,7 @@ from kdcli.errors import RecipeError
 from kdcli.losses import disk, log_mark
 from kdcli.losses.disk import TeacherTarget
 from kdcli.methods.base import Count, Lesson, Method, Phase, Room, Share, Temperature, Terms, View, Weight
-from kdcli.methods.heads import borrow
+from kdcli.methods.classifier import borrow
 from kdcli.recipe import TrainConfig
 
 Positive = Annotated[float, Field(gt=0)]

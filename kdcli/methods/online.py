@@ -12,13 +12,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdcli import device as devices
-from kdcli.classroom import Member
 from kdcli.errors import RecipeError
 from kdcli.losses.online import attended, gated, mutual_loss, peer_loss, ramp
-from kdcli.methods import adapters
+from kdcli.mentors.classroom import Member
+from kdcli.methods import pairing
 from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
-from kdcli.models.rest import Rest
+from kdcli.models.split import Rest
+from kdcli.system import device as devices
 
 Many = Annotated[int, Field(ge=2)]
 Epochs = Annotated[float, Field(ge=0)]
@@ -65,7 +65,7 @@ class Cohort(Method):
             return
         assert lesson is not None
         stages = lesson.student.stages
-        self.tap = [*stages][-2] if self.split == "auto" else adapters.tap(stages, self.split, "the student", "split")
+        self.tap = [*stages][-2] if self.split == "auto" else pairing.tap(stages, self.split, "the student", "split")
         self.precision, _ = devices.precision(room.train.precision, room.device, frozen=False)  # as the student's
         self.branches = nn.ModuleList(seats)
         self.rests: list[Rest] = []
@@ -268,7 +268,7 @@ class FFL(Cohort):
         outs = torch.stack([answer.out.float() for answer in answers])
         maps = [answer.last.float() for answer in answers if answer.last is not None]
         size = (min(x.shape[2] for x in maps), min(x.shape[3] for x in maps))
-        fused = self.fusion(torch.cat([adapters.pooled_to(x, size) for x in maps], 1))
+        fused = self.fusion(torch.cat([pairing.pooled_to(x, size) for x in maps], 1))
         taught = peer_loss(outs, fused.detach().expand_as(outs), tau=self.tau).mean(-1).sum()
         fusing = peer_loss(fused, outs.detach().mean(0), tau=self.tau).mean()
         share = self.beta * ramp(lesson.epoch, epochs=self.ramp_epochs)

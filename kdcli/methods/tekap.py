@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from kdcli.losses import contrast as losses
+from kdcli.losses import crd as losses
 from kdcli.methods.base import Count, Lesson, Method, Phase, Room, Share, Temperature, Terms, View, Weight
-from kdcli.methods.contrast import Contrast, Momentum
-from kdcli.methods.plain import KD
+from kdcli.methods.baselines import KD
+from kdcli.methods.crd import Contrast, Momentum
 
 if TYPE_CHECKING:
-    from kdcli.classroom import Member
+    from kdcli.mentors.classroom import Member
     from kdcli.recipe import TrainConfig
 
 

@@ -1,10 +1,1 @@
-"""The zoo's CIFAR networks. Importing this registers them with timm under `cifar_*`.
-
-`timm.create_model("cifar_resnet20", num_classes=100)` then works; `translate` reads public checkpoints' names.
-"""
-
-from kdcli.models import mobilenetv2, resnet, shufflenet, vgg, wrn
-from kdcli.models.base import CifarNet
-from kdcli.models.layout import translate
-
-__all__ = ["CifarNet", "mobilenetv2", "resnet", "shufflenet", "translate", "vgg", "wrn"]
+"""Networks: names to modules, weights and cards, what is read of a network, the zoo's own (`cifar`)."""

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-import kdcli.models  # noqa: F401  (registers cifar_*)
-from kdcli import device as devices, names, weights
-from kdcli.classroom import Classroom, Member
+import kdcli.models.cifar  # noqa: F401  (registers cifar_*)
 from kdcli.data import Batch, DataSet, Split
-from kdcli.data.base import Pixels
+from kdcli.data.dataset import Pixels
 from kdcli.data.views import Views
-from kdcli.learner import Learner
+from kdcli.mentors.classroom import Classroom, Member
+from kdcli.models import registry, weights
 from kdcli.recipe import Recipe
+from kdcli.system import device as devices
+from kdcli.training.learner import Learner
 
 STUDENT = "cifar_resnet20"
 MENTORS = ["resnet110", "resnet8", "resnet14", "shufflenetv2", "mobilenetv2", "shufflenetv1"]  # of Table 7's first row
@@ -57,12 +58,12 @@ def room(device: torch.device, mentors: list[str] | None = None, images: int = I
     given = {"classroom.student": STUDENT, "data.name": "noise", "train.batch_size": 64, **keys}
     recipe = Recipe().with_(**given)
     members = [_member(f"cifar_{name}", device) for name in (MENTORS if mentors is None else mentors)]
-    return Classroom(recipe, data, members, device, names.resolve(recipe.classroom.student or STUDENT))
+    return Classroom(recipe, data, members, device, registry.resolve(recipe.classroom.student or STUDENT))
 
 
 def _member(name: str, device: torch.device) -> Member:
-    found = names.resolve(name)
-    net = names.create(found, 100).module
+    found = registry.resolve(name)
+    net = registry.create(found, 100).module
     norms = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     for layer in norms:
         torch.nn.init.uniform_(layer.weight, 0.5, 1.5)

@@ -31,12 +31,13 @@ import bench_kit as kit
 import torch
 from torch import nn
 
-from kdcli import distill, methods
-from kdcli.classroom import Classroom
-from kdcli.engine import Session
+from kdcli import methods
 from kdcli.errors import KdcliError
-from kdcli.learner import Learner
-from kdcli.run import Run
+from kdcli.mentors.classroom import Classroom
+from kdcli.training.learner import Learner
+from kdcli.training.loop import Session
+from kdcli.training.run import Run
+from kdcli.workflows import distill
 
 STUDENT, TEACHER, PEERS = "cifar_resnet8", "resnet20", ["resnet14", "resnet8"]
 IMAGES = 50_000  # CIFAR-100's training set: what memories are made for
@@ -94,7 +95,7 @@ WORDS = {  # what a method needs, in the table's words
     "full_batches": "whole batches",
     "pairs": "two samples",
 }
-SHARED = {"kdcli.methods.base", "kdcli.methods.adapters"}  # everybody's, so nobody's lines
+SHARED = {"kdcli.methods.base", "kdcli.methods.pairing"}  # everybody's, so nobody's lines
 
 
 class Way:

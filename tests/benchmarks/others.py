@@ -14,7 +14,7 @@ import bench_kit as kit
 import torch
 from timm.task import LogitDistillationTask
 
-from kdcli.mentors import Mentors, worth_compiling
+from kdcli.mentors.mentors import Mentors, worth_compiling
 
 
 def timms(student: Any, teacher: Any, device: torch.device) -> Any:

@@ -16,11 +16,11 @@ from pathlib import Path
 import bench_kit as kit
 import torch
 
-from kdcli import device as devices
 from kdcli.data import Stream
-from kdcli.engine import Session, _step
-from kdcli.mentors import Mentors
-from kdcli.run import Run
+from kdcli.mentors.mentors import Mentors
+from kdcli.system import device as devices
+from kdcli.training.loop import Session, _step
+from kdcli.training.run import Run
 
 METHODS = ["classroom", "aver", "kd", "nokd"] * 2
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 CODE = """
 import torch
-from kdcli import names, zoo
+from kdcli.models import cards as zoo, registry as names
 from kdcli.data import open_data
 from kdcli.recipe import DataConfig
-from kdcli.zoo import Card
+from kdcli.models.cards import Card
 data = open_data(DataConfig(name="digits"))
 net = names.create(names.resolve("cifar_resnet8"), 10).module
 zoo.add(net.state_dict(), Card(name="x", architecture="zoo:cifar_resnet8", dataset="digits", data_hash=data.hash,

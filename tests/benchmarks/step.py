@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli import device as devices, fill
 from kdcli.data import Batch
-from kdcli.mentors import Mentors, worth_compiling
+from kdcli.mentors import bank_build
+from kdcli.mentors.mentors import Mentors, worth_compiling
+from kdcli.system import device as devices
 
 UPDATES = 20  # after which losses are compared
 
@@ -81,7 +82,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, _home(Path(folder)):
         banked = classroom.recipe.with_(**{"classroom.bank": True})
-        warm = fill.open_mentors(classroom, banked)
+        warm = bank_build.open_mentors(classroom, banked)
         for batch in given:
             warm.answer(batch)  # later passes find everything there
         live, ahead = mentors(), mentors(ahead=4)

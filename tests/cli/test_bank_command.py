@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from cli_kit import CLASSROOM, PEER, TEACHER, TINY, add_mentors, kdcli
 
-from kdcli import banks
-from kdcli.mentors import Mentors
+from kdcli.mentors import bank_files
+from kdcli.mentors.mentors import Mentors
 
 FEW = ("--set", "data.per_class=2", "--set", "train.batch_size=20")
 MENTORS = ("--teacher", TEACHER, "--peers", PEER, "--data", "digits", *FEW)
@@ -48,10 +48,10 @@ def test_build_ls_verify_distill_rm(here: Path):
     assert kdcli(*listed.next.split()[1:], "--json").json == [
         {"id": row["id"], "answers": 20 * VIEWS, "damaged": 0, "state": "ok"} for row in rows
     ]
-    before = {path: (path / "checks.bin").read_bytes() for path in banks.every()}
+    before = {path: (path / "checks.bin").read_bytes() for path in bank_files.every()}
     again = built.next.replace("NAME", "cifar_resnet10_xxs").split()[1:]
     run = kdcli(*again, "--epochs", 2, "--json").json["run"]
-    assert {path: (path / "checks.bin").read_bytes() for path in banks.every()} == before
+    assert {path: (path / "checks.bin").read_bytes() for path in bank_files.every()} == before
     facts = json.loads(Path(run, "provenance.json").read_text())["banks"]
     assert {name: fact["id"] for name, fact in facts.items()} == {row["mentor"]: row["id"] for row in rows}
     assert {fact["filled"] for fact in facts.values()} == {1.0}
@@ -78,10 +78,10 @@ def test_runs_fill_banks_and_share_them():
 
 def test_build_fills_what_a_run_of_some_epochs_meets():
     kdcli("bank", "build", *CLASSROOM, *TINY, "--json")
-    before = {path.name: (path / "checks.bin").read_bytes() for path in banks.every()}
+    before = {path.name: (path / "checks.bin").read_bytes() for path in bank_files.every()}
     assert len(before) == 2
     kdcli("distill", *CLASSROOM, *TINY, "--bank", "--json")
-    assert {path.name: (path / "checks.bin").read_bytes() for path in banks.every()} == before
+    assert {path.name: (path / "checks.bin").read_bytes() for path in bank_files.every()} == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -109,7 +109,7 @@ def test_an_interrupted_build_leaves_with_130_and_goes_on(monkeypatch: pytest.Mo
 
 def test_damage_is_told_by_verify_and_mended_by_a_run():
     kdcli("bank", "build", *MENTORS, "--json")
-    path = banks.every()[0]
+    path = bank_files.every()[0]
     raw = bytearray((path / "answers.bin").read_bytes())
     raw[5] ^= 1
     raw[24 * 7] ^= 64
@@ -120,14 +120,14 @@ def test_damage_is_told_by_verify_and_mended_by_a_run():
     by = {row["id"]: row for row in json.loads(kdcli("bank", "verify", "--json", code=3).out)}
     assert by[path.name] == {"id": path.name, "answers": 20 * VIEWS, "damaged": 2, "state": "damaged"}
     assert {row["state"] for row in by.values()} == {"damaged", "ok"}
-    kdcli("bank", "verify", banks.every()[1].name[:8])
+    kdcli("bank", "verify", bank_files.every()[1].name[:8])
     kdcli("bank", "build", *MENTORS, "--json")
     kdcli("bank", "verify")
 
 
 def test_a_run_tells_of_damaged_answers():
     kdcli("distill", *CLASSROOM, *TINY, "--bank", "--json")
-    for path in banks.every():
+    for path in bank_files.every():
         (path / "answers.bin").write_bytes(bytes(b ^ 1 for b in (path / "answers.bin").read_bytes()))
     said = kdcli("distill", *CLASSROOM, *TINY, "--bank", "--json")
     assert said.err.count("50 damaged answers of bank ") == 2
@@ -136,7 +136,7 @@ def test_a_run_tells_of_damaged_answers():
 
 def test_a_broken_bank_is_listed_refused_and_removed():
     kdcli("bank", "build", *MENTORS, "--json")
-    path = banks.every()[0]
+    path = bank_files.every()[0]
     os.truncate(path / "answers.bin", 11)
     listed = kdcli("bank", "ls")
     assert "answers.bin is 11 bytes long" in listed.out
@@ -175,10 +175,10 @@ def test_nothing_is_removed_without_a_yes(monkeypatch: pytest.MonkeyPatch):
     gc.collect()
     asked = []
     monkeypatch.setattr("typer.confirm", lambda text, abort: asked.append(text) or _abort())
-    said = kdcli("bank", "rm", banks.every()[0].name, code=130)
+    said = kdcli("bank", "rm", bank_files.every()[0].name, code=130)
     assert "interrupted" in said.err
     assert "on digits" in asked[0]
-    assert len(banks.every()) == 2
+    assert len(bank_files.every()) == 2
 
 
 def _abort() -> None:
@@ -190,4 +190,4 @@ def _abort() -> None:
 def test_check_counts_the_banks():
     said = kdcli("check", *CLASSROOM, *TINY, "--set", "classroom.bank=true", "--images", 10)
     assert "banks: 2 of " in said.out
-    assert banks.every() == []
+    assert bank_files.every() == []

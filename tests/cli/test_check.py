@@ -4,11 +4,12 @@ import pytest
 import torch
 from cli_kit import CLASSROOM, PEER, STUDENT, TEACHER, TINY, add_mentors, kdcli
 
-from kdcli import names, recipe as recipes
+from kdcli import recipe as recipes
+from kdcli.models import registry
 
 
 def size(name: str) -> int:
-    return sum(p.numel() for p in names.create(names.resolve(name), 10).module.parameters())
+    return sum(p.numel() for p in registry.create(registry.resolve(name), 10).module.parameters())
 
 
 def test_the_table_has_sizes_scores_and_the_sums_of_table_7():
@@ -81,9 +82,9 @@ def test_a_recipe_is_checked_and_named_again_in_the_next_line(here):
 
 def test_mentors_are_scored_on_pictures_of_every_class():
     """A folder's pictures come sorted by class: the first few would all be of one."""
-    from kdcli.check import _some
-    from kdcli.data.base import Pixels, Split
+    from kdcli.data.dataset import Pixels, Split
     from kdcli.data.views import Views
+    from kdcli.workflows.check import _some
 
     pixels = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
     sorted_by_class = Split(Pixels(pixels, Views("none", 8)), torch.arange(100) // 10)

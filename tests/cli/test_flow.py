@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from cli_kit import CLASSROOM, PEER, STUDENT, TEACHER, TINY, add_mentors, kdcli
 
-from kdcli import recipe as recipes, zoo
+from kdcli import recipe as recipes
+from kdcli.models import cards
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def test_train_keeps_epochs_that_teach_as_peers_and_fills_the_zoo(here):
     assert said.next == f"kdcli distill --teacher {PEER} --student NAME --data digits"
     kept = [line.removeprefix("kept ") for line in said.out.splitlines() if line.startswith("kept ")]
     assert kept == [f"{PEER}@runs/mentor#1", f"{PEER}@runs/mentor#2"]
-    card = zoo.cards(shipped=False)[0]
+    card = cards.cards(shipped=False)[0]
     assert (card.architecture, card.epoch) == (f"zoo:{PEER}", 2)
     said = kdcli(
         "distill", "--teacher", PEER, "--peers", f"{PEER}@mentor#1", "--student", STUDENT, "--data", "digits", *TINY
@@ -97,23 +98,23 @@ def test_a_run_that_was_stopped_is_resumed_by_its_own_command(mentors, here, com
     import os
     import signal
 
-    from kdcli import engine
+    from kdcli.training import loop
 
     asked = ["--model", PEER, "--data", "digits"] if command == "train" else [*CLASSROOM]
     more = ["--seeds", "1", "--methods", "kd"] if command == "compare" else []
     tiny = [*TINY, "--epochs", "2"]
     kdcli(command, *asked, *more, *tiny, "--out", "whole")
-    whole = engine.Session.checkpoint
+    whole = loop.Session.checkpoint
 
     def stop(session, epoch, batch):
         whole(session, epoch, batch)
         if (epoch, batch) == (1, 0):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(engine.Session, "checkpoint", stop)
+    monkeypatch.setattr(loop.Session, "checkpoint", stop)
     said = kdcli(command, *asked, *more, *tiny, "--out", "runs/stopped", code=130)
     assert "--resume runs/stopped" in said.err
-    monkeypatch.setattr(engine.Session, "checkpoint", whole)
+    monkeypatch.setattr(loop.Session, "checkpoint", whole)
     assert "stopped" in kdcli("runs", "ls").out
     assert kdcli("runs", "show", "stopped").next == f"kdcli {command} --resume runs/stopped"
     other = "train" if command == "distill" else "distill"

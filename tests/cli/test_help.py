@@ -130,7 +130,7 @@ def test_debug_may_stand_anywhere_and_shows_the_traceback():
 
 
 def test_a_fault_of_kdcli_itself_is_one_line_and_exit_1(monkeypatch):
-    from kdcli import run
+    from kdcli.training import run
 
     monkeypatch.setattr(run, "every", lambda: 1 / 0)
     said = kdcli("runs", "ls", code=1)

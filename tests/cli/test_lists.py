@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from cli_kit import CLASSROOM, PEER, TINY, add_mentors, kdcli, picture_folder
 
-from kdcli import recipe as recipes, zoo
+from kdcli import recipe as recipes
+from kdcli.models import cards
 
 
 def test_recipes_ls_lists_every_built_in_one():
@@ -84,16 +85,16 @@ def test_zoo_ls_shows_own_and_shipped_cards_and_verify_finds_a_changed_file():
 def test_zoo_add_takes_a_checkpoint_file_and_scores_it_first(here):
     import torch
 
-    from kdcli import names
+    from kdcli.models import registry
 
-    module = names.create(names.resolve(PEER), 10).module
+    module = registry.create(registry.resolve(PEER), 10).module
     torch.save(module.state_dict(), here / "net.pth")
     needed = kdcli("zoo", "add", "net.pth", code=2)
     assert "--architecture" in needed.err
     said = kdcli("zoo", "add", "net.pth", "--architecture", PEER, "--data", "digits", "--licence", "MIT", "--json").json
     assert said["licence"] == "MIT"
     assert 0 <= said["top1"] <= 100
-    assert zoo.find(PEER, said["data_hash"]).sha256 == said["sha256"]
+    assert cards.find(PEER, said["data_hash"]).sha256 == said["sha256"]
 
 
 def test_runs_are_listed_shown_and_removed(here, monkeypatch):

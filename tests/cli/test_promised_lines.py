@@ -7,8 +7,9 @@ import pytest
 import torch
 from cli_kit import add_mentors, kdcli, picture_folder
 
-from kdcli import names, recipe as recipes
-from kdcli.home import shipped
+from kdcli import recipe as recipes
+from kdcli.models import registry
+from kdcli.system.paths import shipped
 
 DISTILL = "kdcli distill --teacher resnet34 --peers mobilenetv3_small,regnetx_004 --student resnet18 --data imagenet"
 EXPORT = "kdcli export --onnx"
@@ -103,9 +104,9 @@ def test_imagenet_is_also_found_by_folder_and_by_data_root(mentors, monkeypatch,
 def test_pretrained_weights_teach_the_classes_they_share_by_wordnet_id(imagenet, here, monkeypatch):
     """The library's own weights, from its cache: 1000 classes, of which the folders name two."""
     monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
-    name = names.resolve("mobilenetv3_small")
+    name = registry.resolve("mobilenetv3_small")
     torch.manual_seed(0)
-    net = names.create(name, 1000)
+    net = registry.create(name, 1000)
     cache = here / "torch/hub/checkpoints"
     cache.mkdir(parents=True)
     from torchvision.models import get_model_weights
@@ -122,8 +123,8 @@ def test_pretrained_weights_teach_the_classes_they_share_by_wordnet_id(imagenet,
         "evaluate", "mobilenetv3_small@pretrained", "--data", "imagenet", "--set", "classroom.class_map=auto", "--json"
     ).json
     assert scored["per_class"].keys() == {"tench", "parachute"}
-    from kdcli.classroom import seat
     from kdcli.data import open_data
+    from kdcli.mentors.classroom import seat
 
     recipe = recipes.Recipe().with_(**{
         "data.name": "imagenet", "data.image_size": 32, "classroom.student": "cifar_resnet8",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcli import contract
+from kdcli.workflows import method_contract
 
 HERE = Path(__file__).parent
 WRONG = {  # method -> the check that must fail, and what it says; others may fail with it
@@ -44,26 +44,28 @@ WRONG = {  # method -> the check that must fail, and what it says; others may fa
 
 
 @cache
-def toy() -> contract.Toy:
-    return contract.Toy(torch.device("cpu"))
+def toy() -> method_contract.Toy:
+    return method_contract.Toy(torch.device("cpu"))
 
 
 def put(check: str, method: str) -> None:
-    toy().put(contract.CHECKS[check], f"{HERE / 'rogues.py'}:{method}", {})
+    toy().put(method_contract.CHECKS[check], f"{HERE / 'rogues.py'}:{method}", {})
 
 
 @pytest.mark.parametrize("method", WRONG)
 def test_the_check_that_is_there_for_it_fails(method):
     check, words = WRONG[method]
-    with pytest.raises(contract.Broken, match=words):
+    with pytest.raises(method_contract.Broken, match=words):
         put(check, method)
 
 
 @pytest.mark.parametrize("method", ["Honest", "Plain", "Refuses", "Declares", "Paired"])
 def test_a_method_that_keeps_the_rules_passes(method):
     """Every check, so that none of those above fails whoever it is put to."""
-    verdicts = {one.check: one for one in contract.examine(f"{HERE / 'rogues.py'}:{method}", {}, torch.device("cpu"))}
-    assert list(verdicts) == list(contract.CHECKS)
+    verdicts = {
+        one.check: one for one in method_contract.examine(f"{HERE / 'rogues.py'}:{method}", {}, torch.device("cpu"))
+    }
+    assert list(verdicts) == list(method_contract.CHECKS)
     idle = {"no step waits for the GPU"}
     if method == "Honest":
         idle |= {"steps are alike", "micro-batches"}
@@ -74,7 +76,7 @@ def test_a_method_that_keeps_the_rules_passes(method):
 
 
 def test_every_check_has_a_method_that_breaks_it():
-    untested = set(contract.CHECKS) - {check for check, _ in WRONG.values()}
+    untested = set(method_contract.CHECKS) - {check for check, _ in WRONG.values()}
     assert untested == {
         "no step waits for the GPU",  # tests/gpu
         "peers may be swapped",  # fails for kdcli's own alone: see below
@@ -85,12 +87,12 @@ def test_every_check_has_a_method_that_breaks_it():
 
 
 def test_a_symmetric_method_may_not_tell_peers_apart(monkeypatch):
-    monkeypatch.setattr(contract, "SYMMETRIC", (f"{HERE / 'rogues.py'}:TwoMentors",))
-    with pytest.raises(contract.Broken, match="swapping two peers"):
+    monkeypatch.setattr(method_contract, "SYMMETRIC", (f"{HERE / 'rogues.py'}:TwoMentors",))
+    with pytest.raises(method_contract.Broken, match="swapping two peers"):
         put("peers may be swapped", "TwoMentors")
 
 
 def test_mentors_that_were_changed_do_not_spoil_the_next_check():
-    with pytest.raises(contract.Broken, match="mentor"):
+    with pytest.raises(method_contract.Broken, match="mentor"):
         put("the loss falls", "Meddles")
     put("the loss falls", "Honest")

@@ -1,6 +1,6 @@
 """What every method must pass (DESIGN section 8), with every set of options that changes what it computes.
 
-The checks are kdcli.contract's, which `kdcli check --method` runs too. A method that is added to
+The checks are kdcli.workflows.method_contract's, which `kdcli check --method` runs too. A method that is added to
 `kdcli.methods.METHODS` is tested here from then on; give it a line in OPTIONS when its options select between
 equations.
 """
@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli import contract, methods
-from kdcli.contract import CHECKS, Idle, Toy, teach
+from kdcli import methods
 from kdcli.errors import RecipeError
 from kdcli.methods import METHODS
+from kdcli.workflows import method_contract
+from kdcli.workflows.method_contract import CHECKS, Idle, Toy, teach
 
 CHOICES: dict[str, list[Any]] = {
     "ranking": ["batch", "sample", "position"],
@@ -67,7 +68,8 @@ ONCE = {"options are checked", "so does its moving average", "the graduate is wh
 """Checks that other options would not change."""
 IDLE = {  # check -> of whom it says nothing; of everybody else it must
     "no step waits for the GPU": set(METHODS),  # tests/gpu puts them to it
-    "peers may be swapped": set(METHODS) - set(contract.SYMMETRIC) | {"tekap"},  # whose other forms hear features
+    "peers may be swapped": set(METHODS) - set(method_contract.SYMMETRIC)
+    | {"tekap"},  # whose other forms hear features
     "peers' targets are detached": set(METHODS) - {"dml"},  # branches of one network are no learners of their own
     "steps are alike": {"dkd", "ctkd", "dtkd", "disk", "one", "okddip", "ffl"},  # they ramp something up
     "micro-batches": {
@@ -106,7 +108,7 @@ CASES = [
 @pytest.mark.parametrize(("check", "name", "options"), CASES)
 def test_contract(check, name, options):
     if check == "peers' targets are detached" and (name, options) in THROUGH:
-        with pytest.raises(contract.Broken, match="sends a gradient to"):
+        with pytest.raises(method_contract.Broken, match="sends a gradient to"):
             toy().put(CHECKS[check], name, options)
         return
     try:
@@ -130,7 +132,7 @@ def test_terms_are_not_negative(name, options):
         pytest.skip("a log-likelihood")
     subject = toy().subject(name, options)
     for phase, given in subject.lessons:
-        lesson = contract.remade(given)
+        lesson = method_contract.remade(given)
         for key, value in subject.terms(phase, lesson).items():
             assert value >= -1e-4, key
         if name == "classroom":
@@ -203,8 +205,8 @@ def test_noise_is_a_function_of_seed_and_step():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_learner_begins_where_its_seed_says(seed):
     one, two, other = (toy().learner(who, {}, seed=n) for who, n in (("kd", seed), ("aver", seed), ("kd", seed + 1)))
-    assert contract.fingerprint([one.student]) == contract.fingerprint([two.student])
-    assert contract.fingerprint([one.student]) != contract.fingerprint([other.student])
+    assert method_contract.fingerprint([one.student]) == method_contract.fingerprint([two.student])
+    assert method_contract.fingerprint([one.student]) != method_contract.fingerprint([other.student])
 
 
 def test_the_control_hears_nobody():

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from kdcli.data import AUGMENTS, Stream, available, open_data
-from kdcli.data.base import Pixels
-from kdcli.data.readers import Files
+from kdcli.data import AUGMENTS, Stream, listing, open_data
+from kdcli.data.dataset import Pixels
+from kdcli.data.workers import Files
 from kdcli.errors import DataError, KdcliError
 from kdcli.recipe import DataConfig
 
@@ -67,7 +67,7 @@ def test_bare_imagenet_is_looked_for_in_the_data_root(imagenette, tmp_path, monk
     (tmp_path / "imagenet").symlink_to(imagenette)
     under = open_data(DataConfig(name="imagenet", root=str(tmp_path)))
     assert itself.hash == under.hash
-    row = next(r for r in available(str(tmp_path)) if r["name"] == "imagenet")
+    row = next(r for r in listing(str(tmp_path)) if r["name"] == "imagenet")
     assert (row["images"], row["classes"], row["present"]) == (2000, 10, True)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from kdcli.cli import options
-from kdcli.data import Stream, available, open_data, pack, packing
+from kdcli.data import Stream, listing as available, open_data, pack, packing
 from kdcli.data.pack import encoded
 from kdcli.errors import DataError, KdcliError, RecipeError
 from kdcli.recipe import DataConfig
@@ -154,9 +154,9 @@ def test_a_mentor_of_the_folder_is_found_for_the_pack(pets, monkeypatch, tmp_pat
 
 
 def test_a_stopped_run_is_not_continued_on_other_pixels(pets, tmp_path):
-    from kdcli import distill
     from kdcli.errors import WeightsError
-    from kdcli.run import Run
+    from kdcli.training.run import Run
+    from kdcli.workflows import distill
 
     done = packed(pets, size=40)
     args = ["--model", "cifar_resnet10_xxs", "--data", f"pack:{done.path}", "--epochs", "1", "--out", tmp_path / "run",

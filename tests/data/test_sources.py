@@ -9,8 +9,8 @@ import pytest
 import torch
 import torchvision.datasets
 
-from kdcli.data import Stream, available, open_data
-from kdcli.data.base import Pixels
+from kdcli.data import Stream, listing, open_data
+from kdcli.data.dataset import Pixels
 from kdcli.data.split import stratified
 from kdcli.errors import DataError, KdcliError, RecipeError
 from kdcli.recipe import DataConfig
@@ -240,7 +240,7 @@ def test_npz_is_found_in_the_data_root(npz, monkeypatch):
     assert len(open_data(DataConfig(name="npz:mine.npz", root=str(path.parent))).train) == 40
     monkeypatch.setenv("KDCLI_DATA", str(path.parent))
     assert open_data(DataConfig(name="npz:mine.npz")).name == "npz:mine.npz"
-    row = next(r for r in available() if r["name"] == "npz:mine.npz")
+    row = next(r for r in listing() if r["name"] == "npz:mine.npz")
     assert (row["images"], row["classes"], row["present"]) == (60, 4, True)
 
 
@@ -316,7 +316,7 @@ def test_cifar_through_torchvision(tiny_cifar):
     assert (data.mean, data.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     raw = pickle.loads((tiny_cifar / "cifar-100-python" / "test").read_bytes())["data"].reshape(-1, 3, 32, 32)
     assert (next(data.test.plain(100)).pixels * 255).round().byte().numpy().tolist() == raw.tolist()
-    assert next(r for r in available(str(tiny_cifar)) if r["name"] == "cifar100")["present"]
+    assert next(r for r in listing(str(tiny_cifar)) if r["name"] == "cifar100")["present"]
 
 
 def test_cifar_archive_is_unpacked_where_it_was_put(tiny_cifar):
@@ -335,6 +335,6 @@ def test_cifar_without_network_says_where_to_put_it(tmp_path, monkeypatch):
 
 
 def test_available_without_a_root(tmp_path):
-    rows = {row["name"]: row for row in available(str(tmp_path / "none"))}
+    rows = {row["name"]: row for row in listing(str(tmp_path / "none"))}
     assert rows["digits"]["present"]
     assert not any(rows[name]["present"] for name in ("cifar10", "cifar100", "imagenet"))

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from kdcli import dist, shares
 from kdcli.data import AUGMENTS, Batch, Stream, open_data
-from kdcli.data.base import Pixels
-from kdcli.data.readers import Files
+from kdcli.data.dataset import Pixels
 from kdcli.data.views import Views
+from kdcli.data.workers import Files
 from kdcli.errors import RecipeError
 from kdcli.recipe import DataConfig
+from kdcli.system import distributed, shards
 
 
 @pytest.fixture
@@ -127,30 +127,30 @@ def test_mixed_images_are_refused(data, mix):
 def test_micro_batches_and_devices_keep_it(data):
     batch = next(Stream(data, 10, seed=0, strong=True).epoch(0))
     assert batch.strong is not None
-    part = shares.micro(batch, 4, 8)
+    part = shards.micro(batch, 4, 8)
     assert part.strong is not None
     assert part.strong.equal(batch.strong[4:8])
     moved = batch.to("cpu")
     assert moved.strong is not None
     assert moved.strong.equal(batch.strong)
     bare = next(Stream(data, 10, seed=0).epoch(0))
-    assert shares.micro(bare, 4, 8).strong is None
+    assert shards.micro(bare, 4, 8).strong is None
     assert bare.to("cpu").strong is None
 
 
 def test_each_rank_draws_its_own_rows(data, monkeypatch):
     alone = list(Stream(data, 14, seed=3, strong=True).epoch(1))
-    monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "alone", lambda: False)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "alone", lambda: False)
     for rank in range(2):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        shares._layout.cache_clear()
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shards._layout.cache_clear()
         for own, batch in zip(Stream(data, 14, seed=3, strong=True).epoch(1), alone, strict=True):
             rows = [batch.index.tolist().index(i) for i in own.index.tolist()]
             assert own.strong is not None
             assert batch.strong is not None
             assert own.strong.equal(batch.strong[rows])
-            part = shares.micro(own, 0, 6)
+            part = shards.micro(own, 0, 6)
             assert part.strong is not None
             assert part.strong.equal(own.strong[: len(part.index)])
-    shares._layout.cache_clear()
+    shards._layout.cache_clear()

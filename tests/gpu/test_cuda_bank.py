@@ -6,10 +6,11 @@ import engine_kit as kit
 import pytest
 import torch
 
-from kdcli import banks, distill, fill
-from kdcli.bank import Bank
 from kdcli.data import Stream
-from kdcli.mentors import Mentors
+from kdcli.mentors import bank_build, bank_files
+from kdcli.mentors.bank import Bank
+from kdcli.mentors.mentors import Mentors
+from kdcli.workflows import distill
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 CUDA = torch.device("cuda")
@@ -25,7 +26,7 @@ def _zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(**over: object) -> tuple[Mentors, Stream]:
     config = kit.recipe("aver", **{"classroom.bank": True, **over})
     _, room = distill.open_room(config, CUDA)
-    return fill.open_mentors(room, config), Stream(room.data, 8, seed=0, device=CUDA)
+    return bank_build.open_mentors(room, config), Stream(room.data, 8, seed=0, device=CUDA)
 
 
 @pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}, {"classroom.bank_pooled": True}], ids=str)
@@ -40,7 +41,7 @@ def test_resident_and_host_banks_answer_alike_without_waiting(over: dict[str, ob
     assert all(bank.filled == 0 for bank in mentors.banks)
     mentors.flush()
     assert all(bank.filled > 0 for bank in mentors.banks)
-    assert all([*Bank(path).verify()][-1][2] == 0 for path in banks.every())
+    assert all([*Bank(path).verify()][-1][2] == 0 for path in bank_files.every())
     late, _ = opened(**over)
     host, _ = opened(**over)
     for bank in host.banks:

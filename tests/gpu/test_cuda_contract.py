@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 import torch
 
-from kdcli.contract import CHECKS, Toy
 from kdcli.methods import METHODS
+from kdcli.workflows.method_contract import CHECKS, Toy
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcli import distill, engine, weights, zoo
-from kdcli.capture import Captured
 from kdcli.data import open_data
-from kdcli.learner import Learner, card
-from kdcli.mentors import Mentors
+from kdcli.mentors.mentors import Mentors
+from kdcli.models import cards, weights
 from kdcli.recipe import Recipe
-from kdcli.run import Run
+from kdcli.system.cuda_graph import Captured
+from kdcli.training import loop
+from kdcli.training.learner import Learner, card
+from kdcli.training.run import Run
+from kdcli.workflows import distill
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -36,7 +38,7 @@ def _mentors(_own_home: object) -> None:
         for module in member.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-        zoo.add(member.net.state_dict(), card(member, data, None, 50.0, "test"))
+        cards.add(member.net.state_dict(), card(member, data, None, 50.0, "test"))
         assert weights.digest(member.net)
 
 
@@ -113,7 +115,7 @@ def _twenty(recipe: Recipe, folder: Path, methods: tuple[str, ...] = ("classroom
     step = 0
     while step < 20:
         for number, (batch, taught) in enumerate(session.mentors.taught(session.stream.epoch(step // 5))):
-            engine._step(session, session.learners, batch, taught, (0, number, step))
+            loop._step(session, session.learners, batch, taught, (0, number, step))
             step += 1
     torch.cuda.synchronize()
     for learner in session.learners:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.vision_transformer import VisionTransformer
 
-import kdcli.models  # noqa: F401  the zoo's names
-from kdcli.classroom import Member
+import kdcli.models.cifar  # noqa: F401  the zoo's names
+from kdcli.mentors.classroom import Member
 from kdcli.methods import Lesson, Method, Phase, Room, View
-from kdcli.names import ModelName
+from kdcli.models.registry import ModelName
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 

@@ -5,13 +5,13 @@ from functools import cache
 import pytest
 import torch
 
-from kdcli import names
-from kdcli.classroom import Classroom, Member
 from kdcli.data import DataSet, Stream, open_data
-from kdcli.learner import Learner
-from kdcli.mentors import Mentors
+from kdcli.mentors.classroom import Classroom, Member
+from kdcli.mentors.mentors import Mentors
+from kdcli.models import registry
 from kdcli.recipe import DataConfig, from_dict
-from kdcli.tally import Tally
+from kdcli.training.learner import Learner
+from kdcli.training.meters import Tally
 
 CPU = torch.device("cpu")
 MAPS, POOLED = ["fitnets", "at", "sp", "nst", "vid"], ["pkt", "rkd", "crd"]
@@ -33,8 +33,8 @@ def digits(size: int) -> DataSet:
 def member(spec: str, size: int, seed: int) -> Member:
     """A network with norms that are not at rest, which would hide errors."""
     torch.manual_seed(seed)
-    name = names.resolve(spec)
-    net = names.create(name, 10)
+    name = registry.resolve(spec)
+    net = registry.create(name, 10)
     for layer in net.module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.LayerNorm):
             torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -64,7 +64,7 @@ def test_real_networks_teach_each_other(student: str, teacher: str, size: int, n
         },
         "test",
     )
-    one = Learner(name, recipe, Seated(recipe, data, [mentor], CPU, names.resolve(student)), 5)
+    one = Learner(name, recipe, Seated(recipe, data, [mentor], CPU, registry.resolve(student)), 5)
     one.begin_epoch(0, lambda _: iter(()))
     before = {key: value.clone() for key, value in mentor.state_dict().items()}
     own = {key: value.detach().clone() for key, value in one.method.named_parameters()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdcli import losses, methods
 from kdcli.errors import RecipeError
 from kdcli.methods import METHODS, Lesson, Method, Phase, View
-from kdcli.methods.contrast import Contrast
+from kdcli.methods.crd import Contrast
 from kdcli.methods.tekap import Perspectives, TeKAP, noisy
 from kdcli.recipe import TrainConfig, from_dict
 from kdcli.tasks import Classify

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import names
-from kdcli.classroom import Member
 from kdcli.errors import WeightsError
-from kdcli.frozen import Frozen
-from kdcli.mentors import Mentors
+from kdcli.mentors.classroom import Member
+from kdcli.mentors.frozen import Frozen
+from kdcli.mentors.mentors import Mentors
+from kdcli.models import registry
 from kdcli.models.taps import Taps
 
 CPU = torch.device("cpu")
@@ -35,8 +35,8 @@ SHAPES = {
 def member(spec: str, size: int) -> Member:
     """A network with norms that are not at rest: zeros would hide what is read in the wrong place."""
     torch.manual_seed(0)
-    name = names.resolve(spec)
-    net = names.create(name, 7).module
+    name = registry.resolve(spec)
+    net = registry.create(name, 7).module
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d | nn.LayerNorm):
             nn.init.uniform_(layer.weight, 0.5, 1.5)

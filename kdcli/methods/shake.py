@@ -1,0 +1,100 @@
+"""SHAKE: a shadow head grown on the teacher's maps learns with the student, and the two teach each other."""
+
+from itertools import pairwise
+from typing import Annotated
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdcli.errors import RecipeError
+from kdcli.losses.classifier import standardise
+from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
+from kdcli.methods.pairing import conv_bn_relu, resized_to, stages
+
+MAPS = 3
+
+
+class SHAKE(Method):
+    """Li & Jin 2022, "Shadow knowledge distillation": a bridge between an offline teacher and an online one.
+
+    The shadow reads three of the teacher's maps, detached, and ends in the teacher's own frozen classifier. All logits
+    are standardised per sample and multiplied by `logit_scale`, for cross-entropy too; targets are detached. Of a
+    teacher with more than three stages the three up to the last one whose width its classifier takes are read.
+    """
+
+    needs = frozenset({"maps", "pairs"})
+
+    def __init__(
+        self,
+        gamma: Weight = 1.0,
+        beta: Weight = 1.0,
+        tau: Temperature = 4.0,
+        logit_scale: Annotated[float, Field(gt=0)] = 3.1415,
+        eps: Annotated[float, Field(gt=0)] = 1e-7,
+    ) -> None:
+        super().__init__()
+        self.gamma, self.beta, self.tau, self.logit_scale, self.eps = gamma, beta, tau, logit_scale, eps
+
+    def setup(self, room: Room, lesson: Lesson | None) -> None:
+        assert lesson is not None
+        assert room.teacher is not None
+        maps, width = stages(lesson.teacher), room.teacher.width
+        names = list(maps)
+        ends = [n for n, name in enumerate(names) if maps[name].shape[1] == width and n >= MAPS - 1]
+        if not ends:
+            shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape[1:]))}" for name, x in maps.items())
+            raise RecipeError(
+                f"classroom.teacher: {room.teacher.name}'s classifier takes {width} numbers, and no map of its with "
+                f"two before it has as many channels ({shapes})",
+                hint="Choose a teacher that ends in pooling and one linear layer (a ResNet, VGG of the zoo, RegNet).",
+            )
+        self.taps = names[ends[-1] - MAPS + 1 : ends[-1] + 1]
+        self.shadow = Shadow([maps[tap] for tap in self.taps])
+
+    def loss(self, lesson: Lesson, phase: Phase) -> Terms:
+        task, target, maps = lesson.task, lesson.target, stages(lesson.teacher)
+        assert self.room.teacher is not None
+        vectors = self.shadow([maps[tap].detach() for tap in self.taps])
+
+        def scaled(out: Tensor) -> Tensor:
+            return standardise(out, logit_scale=self.logit_scale, eps=self.eps)
+
+        student, teacher = scaled(lesson.student.out), scaled(lesson.teacher.out)
+        proxy = scaled(self.room.teacher.classify(vectors))
+        return {
+            "hard": self.gamma * task.hard(student, target).mean(),
+            "proxy": self.beta * task.soft(student, proxy.detach(), self.tau).mean(),
+            "proxy_hard": self.beta * task.hard(proxy, target).mean(),
+            "proxy_student": self.beta * task.soft(proxy, student.detach(), self.tau).mean(),
+            "proxy_teacher": self.beta * F.mse_loss(proxy, teacher),
+        }
+
+
+class Shadow(nn.Module):
+    """u = down(f1) + same(f2); v = down(u) + same(f3); w = keep(v), averaged over positions.
+
+    down halves (a 3x3 convolution of stride 2) where the next map is smaller, and is fitted to it where that is not
+    exactly half; each convolution has batch norm and ReLU and starts from Kaiming fan-out.
+    """
+
+    def __init__(self, maps: list[Tensor]) -> None:
+        super().__init__()
+        width = maps[-1].shape[1]
+        self.down, self.same = nn.ModuleList(), nn.ModuleList()
+        for before, after in pairwise(maps):
+            conv = nn.Conv2d(
+                before.shape[1], after.shape[1], 3, 2 if after.shape[2] < before.shape[2] else 1, 1, bias=False
+            )
+            self.down.append(nn.Sequential(conv, nn.BatchNorm2d(after.shape[1]), nn.ReLU()))
+            self.same.append(conv_bn_relu(after.shape[1], after.shape[1]))
+        self.keep = conv_bn_relu(width, width, 3)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        x = maps[0]
+        for f, down, same in zip(maps[1:], self.down, self.same, strict=True):
+            x = resized_to(down(x), (f.shape[2], f.shape[3])) + same(f)
+        return self.keep(x).mean((2, 3))

@@ -1,0 +1,146 @@
+"""Graduates that are more than the student's architecture: how a card says what they are, and how one is built from it.
+
+A graduate speaks timm's language (`forward_intermediates`, `forward_head`, `get_classifier`), so that maps, pooled
+vectors, export and everything else read it as they read any network.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from kdcli.errors import WeightsError
+from kdcli.losses.classifier import head_logits
+from kdcli.methods.pairing import conv_bn_relu, pooled_to
+from kdcli.models.taps import Taps
+
+
+class Spec(BaseModel):
+    """What a card says of a graduate, beside the architecture of the student's own network."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["simkd"] = "simkd"
+    width: int = Field(ge=1)  # channels of the teacher's last map, and what its classifier takes
+    classes: int = Field(ge=1)
+    bias: bool = True  # of the classifier
+    size: list[int] = Field(min_length=2, max_length=2)  # of the teacher's last map; a larger one is pooled to it
+    factor: float = Field(default=2.0, gt=0)  # width / the projector's inner width
+
+
+class Borrowed(nn.Linear):
+    """A teacher's classifier: the student's from now on, but never trained."""
+
+    def forward(self, input: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        return head_logits(input, self.weight, self.bias)
+
+
+class Graduate(nn.Module):
+    """A student's network up to its last map, a projector to the teacher's width, pooling, the teacher's classifier.
+
+    SimKD, Chen et al. 2022 (arXiv 2203.14001). Its last map, where the student's own would be, is the projected one.
+    """
+
+    def __init__(self, net: nn.Module, spec: Spec, image_size: int, name: str) -> None:
+        super().__init__()
+        self.spec = spec
+        self.net, self.taps = trimmed(net, image_size, name)
+        self.num_classes = spec.classes
+        with torch.no_grad():
+            *_, last = self._maps(net, image_size)
+        self.projector = projector(last.shape[1], spec.width, spec.factor).to(last.device)
+        self.classifier = Borrowed(spec.width, spec.classes, bias=spec.bias).to(last.device)
+
+    def _maps(self, net: nn.Module, image_size: int) -> list[Tensor]:
+        training = net.training
+        like = next(net.parameters())
+        maps = self.taps(torch.zeros(2, 3, image_size, image_size, device=like.device, dtype=like.dtype))[1]
+        net.train(training)
+        return list(maps.values())
+
+    def forward_intermediates(
+        self, x: Float[Tensor, "B 3 S S"], indices: list[int] | None = None
+    ) -> tuple[Float[Tensor, "B D h w"], list[Tensor]]:
+        """(the projected map, the chosen maps): the student's stages, the projected map in place of the last."""
+        *stages, last = self.taps(x)[1].values()
+        size = min(last.shape[2], self.spec.size[0]), min(last.shape[3], self.spec.size[1])
+        features = self.projector(pooled_to(last, size))
+        maps = [*stages, features]
+        return features, maps if indices is None else [maps[i] for i in indices]
+
+    def forward_head(self, x: Float[Tensor, "B D h w"], pre_logits: bool = False) -> Tensor:
+        """Logits [B, K] of a projected map, or its pooled vectors [B, D]."""
+        pooled = x.mean((2, 3))
+        return pooled if pre_logits else self.classifier(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def forward(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B K"]:
+        return self.forward_head(self.forward_intermediates(x)[0])
+
+
+def projector(cin: int, cout: int, factor: float = 2.0) -> nn.Sequential:
+    """SimKD's: 1x1 to `cout` / `factor` channels, 3x3, 1x1 to `cout`, each with batch norm and ReLU, no biases."""
+    inner = max(int(cout / factor), 1)
+    return nn.Sequential(conv_bn_relu(cin, inner), conv_bn_relu(inner, inner, 3), conv_bn_relu(inner, cout))
+
+
+def build(net: nn.Module, spec: dict[str, Any], *, image_size: int, name: str) -> Graduate:
+    """The network of a card's `graduate` table around a student's `net`, to be filled with its weights.
+
+    Raises WeightsError for a table that this version does not know.
+    """
+    try:
+        return Graduate(net, Spec.model_validate(spec), image_size, name)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WeightsError(
+            f"{name}: its card's graduate.{where}: {first['msg']}", hint="It may come from another version of kdcli."
+        ) from None
+
+
+def told(net: nn.Module) -> dict[str, Any] | None:
+    """What a card has to say of a network beyond its architecture; None of a plain one."""
+    return net.spec.model_dump() if isinstance(net, Graduate) else None
+
+
+def trimmed(net: nn.Module, image_size: int, name: str) -> tuple[nn.Module, Taps]:
+    """The network with every layer beyond its last map replaced by an identity, and what reads its maps.
+
+    What is beyond gets no gradient from the map. Where identities cannot stand in (an attention that pools), the
+    layers stay: idle weight, the same answers.
+    """
+    taps = Taps(net, image_size, name)
+    idle = _idle(net, taps, image_size)
+    for path in idle:
+        net.set_submodule(path, nn.Identity())
+    try:
+        return net, Taps(net, image_size, name)
+    except Exception:
+        for path, layer in idle.items():
+            net.set_submodule(path, layer)
+        return net, taps
+
+
+def _idle(net: nn.Module, taps: Taps, image_size: int) -> dict[str, nn.Module]:
+    """The layers whose parameters the last map does not depend on, by path."""
+    training, named = net.training, dict(net.named_parameters())
+    learns = {path: p.requires_grad for path, p in named.items()}
+    net.eval().requires_grad_(True)
+    with torch.enable_grad():
+        like = next(iter(named.values()))
+        *_, last = taps(torch.zeros(2, 3, image_size, image_size, device=like.device, dtype=like.dtype))[1].values()
+        grads = torch.autograd.grad(last.sum(), list(named.values()), allow_unused=True)
+    for path, p in named.items():
+        p.requires_grad_(learns[path])
+    net.train(training)
+    used = {id(p) for p, grad in zip(named.values(), grads, strict=True) if grad is not None}
+    return {
+        path: layer
+        for path, layer in net.named_modules()
+        if (own := list(layer.parameters(recurse=False))) and path and not any(id(p) in used for p in own)
+    }

@@ -1,0 +1,1 @@
+"""From a classroom to a trained student: session, loop, learner, and the run folder they write."""

@@ -1,0 +1,326 @@
+"""The run folder: recipe, provenance, metrics, checkpoint, student; written whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kdcli import recipe as recipes
+from kdcli.errors import InterruptedRun, RecipeError, WeightsError, did_you_mean
+from kdcli.recipe import Recipe
+from kdcli.system import lock, user_code
+from kdcli.system.files import append_line, seal, sealed, sweep, write_atomic, write_text
+
+ROOT = Path("runs")
+CHECKPOINTS = ("last.ckpt", "previous.ckpt")
+
+
+@dataclass
+class Run:
+    """A run's folder; nothing but its path is held in memory."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def recipe(self) -> Recipe:
+        path = self.path / "recipe.toml"
+        if not path.is_file() and self.begun and "recipe_toml" in (facts := self.provenance):  # killed between the two
+            return recipes.from_dict(recipes.located(tomllib.loads(facts["recipe_toml"]), self.path), str(path))
+        return recipes.load(str(path))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return _json(self.path / "provenance.json")
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run; its provenance is the first thing a run writes, after its own methods."""
+        return (self.path / "provenance.json").exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: the score is the last thing a run writes, the table a compare's."""
+        return "top1" in self.provenance or (self.path / "compare.json").is_file()
+
+    @property
+    def done(self) -> bool:
+        """As `finished`, also where the folder was not begun."""
+        return self.begun and self.finished
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, good or not."""
+        return any((self.path / name).is_file() for name in CHECKPOINTS)
+
+    @property
+    def kind(self) -> str:
+        return str(self.provenance.get("kind", "distill"))
+
+    def start(self, recipe: Recipe, provenance: dict[str, Any]) -> None:
+        """Lay the folder out. Raises RecipeError when it already holds a run.
+
+        From its first file on the run can be resumed: the provenance holds the recipe too. Its `number` is larger than
+        that of any run beside it, so that the newest is known whatever the clock says. The files of own methods are
+        copied, and the recipe that is kept names the copies.
+        """
+        self.check_free()
+        for label, name in recipe.own_methods().items():
+            source = user_code.file_of(name).read_bytes()
+            write_atomic(self.path / f"{label}.py", lambda temporary, source=source: temporary.write_bytes(source))
+        recipe = recipe.to_keep()
+        number = 1 + max((_number(path) for path in self.path.parent.glob("*/provenance.json")), default=0)
+        facts = {**provenance, "number": number, "recipe_toml": recipe.toml()}
+        write_text(self.path / "provenance.json", json.dumps(facts, indent=1))
+        write_text(self.path / "recipe.toml", recipe.toml())
+
+    def mend(self) -> None:
+        """Put right what a kill left of a folder's beginning or of a file half written."""
+        sweep(self.path)
+        if self.begun and not (self.path / "recipe.toml").is_file():
+            write_text(self.path / "recipe.toml", self.recipe.toml())
+
+    def check_methods(self) -> None:
+        """Raise RecipeError when the file of an own method is another than the run began with, here or where it lay."""
+        for label, facts in self.provenance.get("own_methods", {}).items():
+            kept = self.path / f"{label}.py"
+            for path in (kept, Path(facts["file"])):
+                if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+                    cure = "Put the old one back" + (f" ({kept} is a copy)" if path != kept else "")
+                    raise RecipeError(
+                        f"{path} is not the file that {self.path} began with", hint=f"{cure}, or start a new run."
+                    )
+
+    def check_free(self) -> None:
+        """Raise RecipeError when the folder already holds a run."""
+        if self.begun:
+            raise RecipeError(
+                f"{self.path} already holds a run",
+                hint=f"Choose another --out, continue it with --resume {self.path}, or `kdcli runs rm {self.path}`.",
+            )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """The folder for this process alone. Raises LockedError when another writes into it.
+
+        An interruption outside the engine's loop, which saves for itself, says how to go on.
+        """
+        from kdcli.system import distributed
+
+        with contextlib.ExitStack() as stack:
+            distributed.first(lambda: stack.enter_context(lock.hold(self.path)))  # one rank writes for all
+            try:
+                yield
+            except KeyboardInterrupt:
+                if not self.begun:
+                    raise
+                raise InterruptedRun(
+                    f"interrupted; what {self.path} holds is whole",
+                    hint=f"Continue with: kdcli {self.kind} --resume {self.path}",
+                ) from None
+
+    def amend(self, **facts: Any) -> None:
+        """Add facts to the provenance (scores, the epoch that ships); None takes one out."""
+        both = {**self.provenance, **facts}
+        kept = {key: fact for key, fact in both.items() if fact is not None}
+        write_text(self.path / "provenance.json", json.dumps(kept, indent=1))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, whole or not at all."""
+        append_line(self.path / "metrics.jsonl", json.dumps(row))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows so far; a last line cut off by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def forget_after(self, epochs: int) -> None:
+        """Drop the rows of epochs that a resumed run will do again."""
+        rows = [row for row in self.metrics() if row["epoch"] <= epochs]
+        if (self.path / "metrics.jsonl").is_file():
+            write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Write last.ckpt whole, or leave the old one, which becomes previous.ckpt.
+
+        While it is being written the folder holds three: one of them is good whatever happens.
+        """
+        import torch
+
+        def write(temporary: Path) -> None:
+            torch.save(state, temporary)
+            seal(temporary)
+
+        last, previous = (self.path / name for name in CHECKPOINTS)
+        write_atomic(last, write, before=previous)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The newest good checkpoint, on the CPU; when that is not last.ckpt, its "notice" says why.
+
+        Raises WeightsError when there is none, or none is good.
+        """
+        last, previous = (self.path / name for name in CHECKPOINTS)
+        wrong = f"{last}: there is no checkpoint to continue from"
+        if last.is_file():
+            state, wrong = _read(last)
+            if state is not None:
+                return state
+        if previous.is_file():
+            state, _ = _read(previous)
+            if state is not None:
+                os.replace(previous, last)  # a broken file must not take the place of the only good one
+                return {**state, "notice": f"{wrong}; going on from the one before it, previous.ckpt"}
+            wrong += f"; nor is {previous.name} a good one"
+        raise WeightsError(wrong, hint="Start it again without --resume, with another --out.")
+
+    def forget_previous(self) -> None:
+        """Remove the checkpoint before the last, which a finished run has no use for."""
+        (self.path / CHECKPOINTS[1]).unlink(missing_ok=True)
+
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+
+
+def new(student: str, method: str, out: Path | None = None) -> Run:
+    """A folder for a new run: `out`, or runs/<time>-<student>-<method> (numbered when two start in one second)."""
+    if out is not None:
+        return Run(out)
+    stem = f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{student}-{method}"
+    path, n = ROOT / stem, 2
+    while path.exists():
+        path, n = ROOT / f"{stem}-{n}", n + 1
+    return Run(path)
+
+
+def every() -> list[Run]:
+    """All runs under runs/, the oldest first; the learners of a compare are listed inside theirs, not here."""
+    runs: dict[tuple[int, str, str], Run] = {}
+    for path in ROOT.glob("*/provenance.json"):
+        run = Run(path.parent)
+        try:
+            started, _ = str(run.provenance.get("started", "")), run.recipe  # both must be readable
+        except RecipeError as error:
+            print(f"warning: {run.path} is left out: {error.message}", file=sys.stderr)
+        else:
+            runs[_number(path), started, run.name] = run
+    return [runs[key] for key in sorted(runs)]
+
+
+def find(name: str | None, *, learner: bool = True) -> Run:
+    """A run by path or name, or the newest under runs/; a compare stands for the learner its recipe names.
+
+    Raises RecipeError (exit 2) when there is none or it is not known.
+    """
+    if name is None:
+        runs = [run for run in every() if not learner or run.finished]
+        if not runs:
+            raise RecipeError(
+                "no finished run under runs/ here",
+                hint="Make one with `kdcli quickstart` or `kdcli distill ...`, or name one: a folder, or a name from "
+                "`kdcli runs ls`.",
+            )
+        run = runs[-1]
+    else:
+        tries = [Path(name), ROOT / name]
+        hits = [Run(path) for path in tries if (path / "provenance.json").is_file()]
+        if not hits and any((path / lock.NAME).is_file() for path in tries):
+            raise RecipeError(
+                f"{name} was stopped before anything of it was written",
+                hint="Nothing is lost: type the command that began it again.",
+            )
+        if not hits:
+            known = [run.name for run in every()]
+            raise RecipeError(
+                f"no run called {name!r}, here or under runs/",
+                hint=f"{did_you_mean(name, known)} `kdcli runs ls` lists them.".strip(),
+            )
+        run = hits[0]
+    if learner and run.kind == "compare":
+        return Run(run.path / str(run.provenance["stands_for"]))
+    return run
+
+
+def provenance(kind: str, recipe: Recipe, **facts: Any) -> dict[str, Any]:
+    """Where a result comes from: versions, machine, command, hashes, seeds, and what the caller adds."""
+    packages = ("torch", "torchvision", "timm", "numpy", "onnxruntime")
+    versions = {"kdcli": _version("kdcli"), "python": platform.python_version()}
+    versions |= {package: _version(package) for package in packages}
+    files = {
+        label: {"file": str(user_code.file_of(name)), "sha256": user_code.digest(name)}
+        for label, name in recipe.own_methods().items()
+    }
+    if files:
+        facts = {"own_methods": files, **facts}
+    return {
+        "kind": kind,
+        "started": datetime.now(UTC).isoformat(),
+        "command": " ".join(["kdcli", *sys.argv[1:]]),
+        "platform": platform.platform(),
+        "versions": versions,
+        "recipe": recipe.hash(),
+        "seeds": {"data": recipe.data.seed, "train": recipe.train.seed},
+        **facts,
+    }
+
+
+def _number(path: Path) -> int:
+    """A run's place in the order of starting; 0 where its provenance does not say."""
+    try:
+        return int(_json(path).get("number", 0))
+    except RecipeError:
+        return 0
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A checkpoint, or None and what is wrong with it."""
+    import torch
+
+    if not sealed(path):
+        return None, f"{path} is truncated or not a kdcli checkpoint"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds, some without a word
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return None, f"{path} is not a kdcli checkpoint: {reason}"
+    if not isinstance(state, dict) or not {"epoch", "batch", "learners"} <= state.keys():
+        return None, f"{path} is not a kdcli checkpoint: it does not say where the run stood"
+    return state, ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RecipeError(
+            f"{path}: not a run's provenance: {error}", hint=f"Remove the folder {path.parent}."
+        ) from None

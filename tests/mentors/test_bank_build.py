@@ -1,0 +1,673 @@
+"""Runs with banks: the same bits cold, warm, half filled, killed or damaged; shared; refused where they cannot be."""
+
+import copy
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import engine_kit as kit
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdcli import methods
+from kdcli.data import Batch, Stream
+from kdcli.errors import DataError, InterruptedRun, RecipeError, WeightsError
+from kdcli.mentors import bank_build, bank_files
+from kdcli.mentors.bank import Bank
+from kdcli.mentors.classroom import Classroom, Member
+from kdcli.mentors.mentors import Mentors
+from kdcli.methods import View
+from kdcli.models import registry
+from kdcli.recipe import Recipe
+from kdcli.training import learner
+from kdcli.training.loop import Notice
+from kdcli.training.run import Run
+from kdcli.workflows import check, compare, distill
+
+BANKED = {"classroom.bank": True}
+
+
+@pytest.fixture(autouse=True)
+def without_banks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A KDCLI_HOME of the test's own that knows the kit's mentors; called, another one without any banks."""
+
+    def move() -> None:
+        path = tmp_path / f"home-{len(list(tmp_path.glob('home-*')))}"
+        shutil.copytree(kit.home() / "zoo", path / "zoo")
+        monkeypatch.setenv("KDCLI_HOME", str(path))
+
+    move()
+    return move
+
+
+def banked(method: str = "classroom", /, **over: Any) -> Recipe:
+    return kit.recipe(method, **BANKED, **over)
+
+
+def weights_of(run: Run) -> dict[str, Tensor]:
+    return kit.student(run)
+
+
+def silence(mentors: Mentors) -> None:
+    """From now on a mentor that is asked fails."""
+
+    def fails(*_: object) -> Tensor:
+        raise AssertionError("a mentor was asked")
+
+    for member in mentors.members:
+        member.forward = fails  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def of_mentor(name: str) -> Path:
+    return next(path for path in bank_files.every() if bank_files.describe(path)["mentor"] == name)
+
+
+def raise_signal(number: int) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread alone")
+    signal.raise_signal(number)
+
+
+# --- the same bits ----------------------------------------------------------------------------------------------------
+
+
+def test_banked_answers_are_the_live_ones_in_float16() -> None:
+    room = kit.seat(banked())
+    mentors = bank_build.open_mentors(room, banked())
+    stream = Stream(room.data, 8, seed=0)
+    for batch in stream.epoch(0):
+        answer = mentors.answer(batch)
+        assert answer is not None
+        assert answer.out.shape == (2, len(batch), 10)
+        assert not answer.out.is_inference()
+        with torch.no_grad():
+            live = torch.stack([member(batch.pixels) for member in mentors.members])
+        assert (answer.out - live).abs().max() < 2**-10 * live.abs().max()
+        again = mentors.answer(batch)
+        assert again is not None
+        assert again.out.equal(answer.out)
+        assert again.out.equal(answer.out.half().float())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_an_answer_has_the_same_bits_whatever_it_is_asked_with(workers: int) -> None:
+    """As float32, before any rounding: what a CPU's kernels do depends on the size of the batch alone."""
+    room = kit.seat(banked())
+    mentors = Mentors(room.mentors, "fp32", kit.CPU, workers=workers)
+    pixels = next(room.data.train.plain(30)).pixels
+    whole = [one.out for one in mentors.ask_alike(pixels, [0, 1])]
+    for rows in (torch.tensor([7]), torch.tensor([3, 28]), torch.arange(29, 4, -1), torch.randperm(30)[:17]):
+        some = [one.out for one in mentors.ask_alike(pixels[rows], [0, 1])]
+        assert all(a.equal(b[rows]) for a, b in zip(some, whole, strict=True))
+    assert mentors.ask_alike(pixels[:3], [1])[0].out.equal(whole[1][:3])
+
+
+@pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}, {"classroom.bank_pooled": True}], ids=str)
+def test_cold_warm_and_half_filled_runs_end_with_the_same_bits(tmp_path: Path, over: dict[str, Any]) -> None:
+    config = banked(**over)
+    cold = kit.trained(config, tmp_path / "cold")
+    full = {path: (path / "checks.bin").read_bytes() for path in bank_files.every()}
+    warm = kit.session(config, tmp_path / "warm")
+    silence(warm.mentors)
+    kit.drive(distill.go(warm))
+    assert kit.same(weights_of(warm.run), weights_of(cold))
+    assert warm.run.metrics() == cold.metrics()
+    assert {path: (path / "checks.bin").read_bytes() for path in bank_files.every()} == full
+    generator = torch.Generator().manual_seed(0)
+    for n, path in enumerate(
+        bank_files.every()
+    ):  # lose others of each, so that the mentors are asked for different images
+        bank = Bank(path)
+        bank.checks[torch.rand(bank.rows, generator=generator) < 0.3 + 0.4 * n] = 0
+    half = kit.trained(config, tmp_path / "half")
+    assert kit.same(weights_of(half), weights_of(cold))
+    assert half.metrics() == cold.metrics()
+    assert {path: (path / "checks.bin").read_bytes() for path in bank_files.every()} == full
+
+
+def test_a_bank_in_device_memory_ends_with_the_same_bits(tmp_path: Path) -> None:
+    cold = kit.trained(banked(), tmp_path / "cold")
+    for n, path in enumerate(bank_files.every()):
+        Bank(path).checks[n::2] = 0
+    half = kit.session(banked(), tmp_path / "half")
+    for bank in half.mentors.banks:
+        bank.reside(kit.CPU)
+    kit.drive(distill.go(half))
+    assert kit.same(weights_of(half.run), weights_of(cold))
+    warm = kit.session(banked(), tmp_path / "warm")
+    silence(warm.mentors)
+    for bank in warm.mentors.banks:
+        bank.reside(kit.CPU)
+        bank.table, bank.checks = torch.empty(0), bank.checks  # the file is not looked at again
+    kit.drive(distill.go(warm))
+    assert kit.same(weights_of(warm.run), weights_of(cold))
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, without_banks: Callable[[], None]) -> None:
+    config = banked(**{"train.epochs": 3, "train.ema": 0.9})
+    stopped = kit.session(config, tmp_path / "run")
+    with pytest.raises(InterruptedRun):
+        kit.drive(distill.go(stopped), kit.at(2, 3, lambda _: raise_signal(signal.SIGTERM)))
+    kit.drive(distill.go(kit.session(config, tmp_path / "run", resume=True), resume=True))
+    warm = kit.trained(config, tmp_path / "warm")
+    assert kit.same(weights_of(Run(tmp_path / "run")), weights_of(warm))
+    without_banks()
+    cold = kit.trained(config, tmp_path / "cold")
+    assert kit.same(weights_of(cold), weights_of(warm))
+
+
+def run_apart(config: Recipe, path: Path, dies_at: int = 0) -> Any:
+    """A process that trains the recipe; it may kill itself in the middle of its nth writing to a bank."""
+
+    def work() -> None:
+        put, left = Bank.put, dies_at
+
+        def killed(self: Bank, rows: Tensor, records: Tensor) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:  # records without their checksums
+                self.table.index_copy_(0, rows, records)
+                os.kill(os.getpid(), signal.SIGKILL)
+            put(self, rows, records)
+
+        Bank.put = killed
+        kit.trained(config, path)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+@forked
+def test_a_run_killed_while_it_writes_to_a_bank_ends_with_the_same_bits(
+    tmp_path: Path, without_banks: Callable[[], None]
+) -> None:
+    config = banked(**{"train.epochs": 3})
+    victim = run_apart(config, tmp_path / "run", dies_at=13)  # two mentors, four batches: in the second epoch
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
+    again = kit.session(config, tmp_path / "run", resume=True)
+    assert 0 < again.mentors.banks[0].filled < 1
+    kit.drive(distill.go(again, resume=True))
+    assert again.mentors.words() == []  # what had no checksum was not there, not damaged
+    without_banks()
+    assert kit.same(weights_of(again.run), weights_of(kit.trained(config, tmp_path / "whole")))
+
+
+@forked
+def test_two_processes_fill_one_bank_at_once(tmp_path: Path) -> None:
+    config = banked(**{"train.epochs": 4})
+    both = [run_apart(config, tmp_path / str(n)) for n in range(2)]
+    for one in both:
+        one.join()
+        assert one.exitcode == 0
+    assert kit.same(weights_of(Run(tmp_path / "0")), weights_of(Run(tmp_path / "1")))
+    assert len(bank_files.every()) == 2
+    for path in bank_files.every():
+        rows, filled, damaged = [*Bank(path).verify()][-1]
+        assert damaged == 0
+        assert 0 < filled < rows
+    warm = kit.session(config, tmp_path / "warm")
+    silence(warm.mentors)
+    kit.drive(distill.go(warm))
+    assert kit.same(weights_of(warm.run), weights_of(Run(tmp_path / "0")))
+
+
+# --- damage and staleness ---------------------------------------------------------------------------------------------
+
+
+def test_damaged_answers_are_made_anew_and_told_of(tmp_path: Path) -> None:
+    first = kit.session(banked(), tmp_path / "cold")
+    cold = first.run
+    assert not [event for event in kit.drive(distill.go(first)) if isinstance(event, Notice)]
+    path = of_mentor("cifar_resnet14")
+    file = path / "answers.bin"
+    file.write_bytes(bytes(b ^ 0x55 for b in file.read_bytes()))
+    met = Bank(path).filled
+    again = kit.session(banked(), tmp_path / "again")
+    told = [event.text for event in kit.drive(distill.go(again)) if isinstance(event, Notice)]
+    assert kit.same(weights_of(again.run), weights_of(cold))
+    bank = Bank(path)
+    count = round(met * bank.rows)
+    assert told == [f"{count} damaged answers of bank {path.name} (cifar_resnet14) were made anew"]
+    assert [*bank.verify()][-1][2] == 0
+    warm = kit.session(banked(), tmp_path / "warm")
+    silence(warm.mentors)
+    assert not [event for event in kit.drive(distill.go(warm)) if isinstance(event, Notice)]
+
+
+@pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}], ids=["whole", "short"])
+def test_a_bank_that_is_no_longer_true_is_refused(tmp_path: Path, over: dict[str, Any]) -> None:
+    """As when files were replaced by others of the same name and size: all checksums are right."""
+    kit.trained(banked(**over), tmp_path / "cold")
+    path, other = of_mentor("cifar_resnet14"), of_mentor("cifar_resnet8")
+    for name in ("answers.bin", "checks.bin"):
+        (path / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(DataError, match=f"bank {path.name} is not what cifar_resnet14 answers now") as caught:
+        kit.session(banked(**over), tmp_path / "run")
+    assert caught.value.exit_code == 3
+    assert f"kdcli bank rm {path.name}" in caught.value.hint
+    assert "classroom.bank=false" in caught.value.hint
+    assert not (tmp_path / "run").exists()
+    kit.trained(kit.recipe(), tmp_path / "run")
+
+
+def test_a_bank_of_a_lower_precision_is_trusted_within_that_precision(tmp_path: Path) -> None:
+    config = banked(**{"classroom.precision": "bf16"})
+    cold = kit.trained(config, tmp_path / "cold")
+    assert {bank_files.describe(path)["precision"] for path in bank_files.every()} == {"bf16"}
+    warm = kit.session(config, tmp_path / "warm")
+    assert all(len(bank.sample(64)) > 50 for bank in warm.mentors.banks)
+    silence(warm.mentors)
+    kit.drive(distill.go(warm))
+    assert kit.same(weights_of(warm.run), weights_of(cold))
+
+
+def test_a_truncated_bank_stops_a_run_before_it_begins(tmp_path: Path) -> None:
+    kit.trained(banked(), tmp_path / "cold")
+    path = bank_files.every()[0]
+    os.truncate(path / "answers.bin", 10)
+    with pytest.raises(DataError, match=r"answers\.bin is 10 bytes long"):
+        kit.session(banked(), tmp_path / "run")
+
+
+def test_a_full_disk_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))  # enough for one of the two
+        with pytest.raises(DataError, match="no room for 2 new banks") as caught:
+            kit.session(banked(), tmp_path / "run")
+    assert caught.value.exit_code == 3
+    assert "classroom.bank=false" in caught.value.hint
+    assert bank_files.every() == []
+    assert not (tmp_path / "run").exists()
+    kit.trained(banked(), tmp_path / "run")
+
+
+def test_a_mentor_that_answers_beyond_float16_is_named(tmp_path: Path) -> None:
+    opened = kit.session(banked("kd"), tmp_path / "run")
+    head = opened.mentors.frozen[0].net.get_submodule("fc")
+    assert isinstance(head, nn.Linear)
+    head.weight.data.mul_(1e7)
+    with pytest.raises(DataError, match="cifar_resnet14 answers with numbers"):
+        kit.drive(distill.go(opened))
+
+
+# --- which bank -------------------------------------------------------------------------------------------------------
+
+
+def test_methods_seeds_and_commands_share_one_bank(tmp_path: Path) -> None:
+    config = banked()
+    room = kit.seat(config)
+    first = compare.open_session(config, ["aver", "classroom"], [0, 1], room, Run(tmp_path / "compare"))
+    compare.start(first, room, config, ["aver", "classroom"], [0, 1])
+    kit.drive(compare.go(first))
+    assert len(bank_files.every()) == 2
+    again = compare.open_session(config, ["kd", "aver"], [5], room, Run(tmp_path / "other"))
+    compare.start(again, room, config, ["kd", "aver"], [5])
+    silence(again.mentors)
+    kit.drive(compare.go(again))
+    alone = kit.session(banked("aver", **{"train.seed": 1}), tmp_path / "alone")
+    silence(alone.mentors)
+    kit.drive(distill.go(alone))
+    assert kit.same(weights_of(alone.run), weights_of(Run(tmp_path / "compare" / "aver-1")))
+    assert len(bank_files.every()) == 2
+
+
+def changed(room: Classroom, **over: Any) -> dict[str, Any]:
+    """The identity of the teacher's bank after one thing was changed."""
+    member, data, config = room.mentors[0], copy.copy(room.data), banked()
+    for key, value in over.items():
+        where, _, name = key.partition(".")
+        if where == "member":
+            setattr(member, name, value)
+        elif where == "data":
+            setattr(data, name, value)
+        elif where == "classroom":
+            config = config.with_(**{key: value})
+    return bank_build.identity(member, data, over.get("precision", "fp32"), config)
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "weights": {"member.digest": "another"},
+    "architecture": {"member.architecture": registry.resolve("cifar_resnet20")},
+    "mean": {"member.mean": (0.3, 0.3, 0.31)},
+    "std": {"member.std": (0.4, 0.4, 0.41)},
+    "input size": {"member.input_size": 16},
+    "interpolation": {"member.interpolation": "nearest"},
+    "class map": {"member.class_index": torch.arange(9, -1, -1)},
+    "classes": {"member.num_classes": 11},
+    "pixels": {"data.pixels": "packed"},
+    "files left out": {"data.skipped": ["a.jpg"]},
+    "image size": {"data.image_size": 16},
+    "augmentation": {"data.augment": "flip"},
+    "views": {"data.views": 3},
+    "precision": {"precision": "bf16"},
+    "top": {"classroom.bank_top": 3},
+    "pooled": {"classroom.bank_pooled": True},
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_whatever_an_answer_depends_on_makes_another_bank(what: str) -> None:
+    before = bank_files.id_of(changed(kit.seat(banked())))
+    assert bank_files.id_of(changed(kit.seat(banked()))) == before
+    assert bank_files.id_of(changed(kit.seat(banked()), **OTHER[what])) != before
+
+
+def test_what_an_answer_does_not_depend_on_shares_the_bank() -> None:
+    before = bank_files.id_of(changed(kit.seat(banked())))
+    for over in ({"data.seed": 5}, {"train.batch_size": 16}, {"train.seed": 3}, {"classroom.student": "cifar_resnet8"}):
+        config = banked(**over)
+        room = kit.seat(config)
+        same = over != {"data.seed": 5}  # thirty digits of 1,437 are numbered by themselves, and a seed chooses others
+        assert (bank_files.id_of(bank_build.identity(room.mentors[0], room.data, "fp32", config)) == before) == same
+
+
+def test_runs_on_most_of_the_images_share_a_bank_of_all() -> None:
+    def opened(**over: Any) -> Bank:
+        config = banked(**{"data.per_class": None, **over})
+        return bank_build.open_mentors(kit.seat(config), config).banks[0]
+
+    whole, part, other = opened(), opened(**{"data.holdout": 0.2}), opened(**{"data.holdout": 0.3, "data.seed": 4})
+    assert whole.id == part.id == other.id
+    assert whole.rows == 1437 * whole.views
+    few = opened(**{"data.per_class": 5})
+    assert few.id != whole.id
+    assert few.rows == 50 * few.views
+
+
+def test_the_same_mentor_twice_is_banked_once(tmp_path: Path) -> None:
+    config = banked(**{"classroom.peers": [kit.MENTORS[1], kit.MENTORS[0]]})
+    opened = kit.session(config, tmp_path / "run")
+    assert [member.name for member in opened.mentors.members] == ["cifar_resnet14", "cifar_resnet14#2", "cifar_resnet8"]
+    assert len(bank_files.every()) == 2
+    assert opened.mentors.banks[0] is opened.mentors.banks[1]
+    kit.drive(distill.go(opened))
+    taught = opened.mentors.answer(next(opened.stream.epoch(0)))
+    assert taught is not None
+    assert taught.out[0].equal(taught.out[1])
+    assert not taught.out[0].equal(taught.out[2])
+
+
+def test_plain_images_are_answered_live_and_not_kept(tmp_path: Path) -> None:
+    opened = kit.session(banked(), tmp_path / "run")
+    batch = next(opened.data.train.plain(6))
+    answer = opened.mentors.answer(batch)
+    assert answer is not None
+    with torch.no_grad():
+        torch.testing.assert_close(answer.out[0], opened.mentors.members[0](batch.pixels), rtol=1e-3, atol=1e-3)
+    assert opened.mentors.banks[0].filled == 0
+    nameless = Batch(batch.pixels, batch.target, batch.index, batch.view)
+    again = opened.mentors.answer(nameless)
+    assert again is not None
+    assert again.out.equal(answer.out)
+
+
+def test_limited_views_of_an_uncountable_augmentation_are_banked(tmp_path: Path) -> None:
+    config = banked(**{"data.augment": "cutout", "data.views": 2, "train.epochs": 4})
+    cold = kit.trained(config, tmp_path / "cold")
+    bank = Bank(bank_files.every()[0])
+    assert bank.rows == 30 * 2
+    assert bank.filled > 0.8
+    warm = kit.session(config.with_(**{"data.seed": 0}), tmp_path / "warm")
+    silence(warm.mentors)
+    kit.drive(distill.go(warm))
+    assert kit.same(weights_of(warm.run), weights_of(cold))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("over", "says", "cure"),
+    [
+        ({"train.mixup": 0.2}, "mixup and cutmix make images that no bank can name", "train.mixup=0"),
+        ({"train.cutmix": 1.0}, "mixup and cutmix", "classroom.bank=false"),
+        ({"data.augment": "cutout"}, "cutout gives an image more views than can be counted", "data.views=8"),
+        ({"data.augment": "imagenet"}, "augmentation imagenet", "crop-flip"),
+        ({"classroom.bank_top": 10}, "classroom.bank_top = 10: digits has 10 classes", "at most 9"),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_what_a_bank_cannot_hold_is_refused_with_the_cure(
+    tmp_path: Path, over: dict[str, Any], says: str, cure: str
+) -> None:
+    with pytest.raises(RecipeError, match=says) as caught:
+        kit.session(banked("aver", **over), tmp_path / "run")
+    assert caught.value.exit_code == 2
+    assert cure in caught.value.hint
+    assert not (tmp_path / "run").exists()
+    assert bank_files.every() == []
+    off = kit.session(kit.recipe("aver", **over, **{"classroom.bank": False}), tmp_path / "live")
+    assert list(off.mentors.banks) == []
+
+
+@pytest.mark.parametrize(
+    ("needs", "over", "says"),
+    [
+        ({"maps"}, {}, "method aver reads its mentors' intermediate maps"),
+        ({"pooled"}, {}, "method aver reads its mentors' pooled features"),
+        ({"pooled"}, {"classroom.bank_pooled": True}, ""),
+        ({"head", "index", "hard_target"}, {}, ""),
+    ],
+    ids=["maps", "pooled", "pooled kept", "neither"],
+)
+def test_a_method_that_reads_more_than_a_bank_answers_is_named(
+    needs: set[str], over: dict[str, Any], says: str
+) -> None:
+    config = banked("aver", **over)
+    room, method = kit.seat(config), methods.build("aver", {})
+    method.needs = frozenset(needs)
+    if not says:
+        learner.check_method(method, config, room)
+        return
+    with pytest.raises(RecipeError, match=says) as caught:
+        learner.check_method(method, config, room)
+    assert "classroom.bank" in caught.value.hint
+    method.teachers = 0
+    learner.check_method(method, config, room)  # who has no mentors reads nothing of them
+
+
+def test_a_learner_without_mentors_makes_no_bank(tmp_path: Path) -> None:
+    kit.trained(banked("nokd"), tmp_path / "run")
+    assert bank_files.every() == []
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_banks_are_noted_and_in_the_provenance(tmp_path: Path) -> None:
+    config = banked(**{"classroom.bank_top": 3})
+    kit.trained(config, tmp_path / "cold")
+    room = kit.seat(config)
+    warm = kit.session(config, tmp_path / "warm", room=room)
+    note = next(value for key, value, _ in room.notes if key == "bank of cifar_resnet14")
+    bank = warm.mentors.banks[0]
+    share = f"{100 * bank.filled:.1f} % filled"
+    assert str(note).startswith(f"{bank.id}, top 3, {bank.views} views, {share}, ")
+    facts = warm.run.provenance["banks"]
+    assert facts["cifar_resnet14"] == {
+        "id": bank.id, "form": "top 3", "views": bank.views, "filled": round(bank.filled, 4)
+    }  # fmt: skip
+    assert warm.run.recipe.classroom.bank
+    assert kit.trained(kit.recipe("kd"), tmp_path / "live").provenance["banks"] == {}
+
+
+def test_check_says_what_banks_take_and_makes_none() -> None:
+    found = check.look(banked(), kit.CPU, 10)
+    assert any(word.startswith("banks: 2 of ") and ", 0 there" in word for word in found.words)
+    assert bank_files.every() == []
+    with pytest.raises(RecipeError, match="more views than can be counted"):
+        check.look(banked(**{"data.augment": "cutout"}), kit.CPU, 10)
+
+
+# --- filling ahead ----------------------------------------------------------------------------------------------------
+
+
+def built(config: Recipe, epochs: int | None = None) -> tuple[list[tuple[int, int]], Mentors]:
+    room = kit.seat(config)
+    mentors = bank_build.open_mentors(room, config)
+    return list(bank_build.build(mentors, room, config, epochs)), mentors
+
+
+def test_a_built_bank_holds_every_view_and_a_second_building_asks_nobody(tmp_path: Path) -> None:
+    config = banked(**{"data.per_class": 2})
+    steps, mentors = built(config)
+    assert all(bank.filled == 1 for bank in mentors.banks)
+    views = mentors.banks[0].views
+    assert steps[-1] == (20 * views, 20 * views)
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    room = kit.seat(config)
+    again = bank_build.open_mentors(room, config)
+    silence(again)
+    assert [*bank_build.build(again, room, config, None)][-1] == (20 * views, 20 * views)
+    bank = again.banks[0]
+    bank.table[[3, 50]] = 0  # damaged, and mended by building again
+    _, mended = built(config)
+    assert [*mended.banks[0].verify()][-1] == (bank.rows, bank.rows, 0)
+    warm = kit.session(config, tmp_path / "run")
+    silence(warm.mentors)
+    kit.drive(distill.go(warm))
+
+
+def test_a_bank_built_for_some_epochs_holds_what_a_run_of_them_meets(
+    tmp_path: Path, without_banks: Callable[[], None]
+) -> None:
+    config = banked(**{"train.epochs": 2})
+    built(config, 2)
+    whole = {path.name: (path / "checks.bin").read_bytes() for path in bank_files.every()}
+    warm = kit.session(config, tmp_path / "run")
+    assert 0 < warm.mentors.banks[0].filled < 0.2
+    silence(warm.mentors)
+    kit.drive(distill.go(warm))
+    without_banks()
+    kit.trained(config, tmp_path / "cold")
+    assert {path.name: (path / "checks.bin").read_bytes() for path in bank_files.every()} == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_building_goes_on_where_it_stopped(number: int) -> None:
+    config = banked(**{"data.per_class": 2})
+    room = kit.seat(config)
+    mentors = bank_build.open_mentors(room, config)
+    seen = 0
+
+    def interrupted() -> None:
+        nonlocal seen
+        for done, _ in bank_build.build(mentors, room, config, None):
+            seen = done
+            if done > 50:
+                raise_signal(number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(InterruptedRun, match=signal.Signals(number).name) as caught:
+        interrupted()
+    assert caught.value.exit_code == 130
+    assert "goes on where it stopped" in caught.value.hint
+    assert signal.getsignal(number) is before
+    kept = round(mentors.banks[0].filled * mentors.banks[0].rows)
+    assert seen <= kept < mentors.banks[0].rows
+    steps, after = built(config)
+    assert steps[-1][0] == steps[-1][1]
+    assert after.banks[0].filled == 1
+    with pytest.raises(InterruptedRun):  # also where there is nothing to do but to look
+        [raise_signal(number) for _ in bank_build.build(after, room, config, None)]
+
+
+# --- pooled features --------------------------------------------------------------------------------------------------
+
+
+def test_pooled_features_are_banked_beside_the_logits(tmp_path: Path) -> None:
+    config = banked("kd", **{"classroom.bank_pooled": True})
+    cold = kit.session(config, tmp_path / "run")
+    batch = next(cold.stream.epoch(0))
+    answer = cold.mentors.answer(batch)
+    silence(cold.mentors)
+    again = cold.mentors.answer(batch)
+    live = Mentors(kit.seat(config).mentors, "fp32", kit.CPU, needs=frozenset({"pooled"})).answer(batch)
+    for one in (answer, again, live):
+        assert isinstance(one, View)
+        assert isinstance(one.pooled, tuple)
+        assert [some.shape for some in one.pooled] == [(8, 64), (8, 64)]
+    assert answer is not None
+    assert again is not None
+    assert live is not None
+    for a, b, c in zip(answer.pooled or (), again.pooled or (), live.pooled or (), strict=True):
+        assert a.equal(b)
+        assert (a - c).abs().max() <= 2**-10 * c.abs().max()
+        assert not c.is_inference()
+    without = Mentors(kit.seat(config).mentors, "fp32", kit.CPU).answer(batch)
+    assert without is not None
+    assert without.pooled is None
+
+
+def member(spec: str, **options: Any) -> Member:
+    name = registry.resolve(spec)
+    torch.manual_seed(0)
+    net = registry.create(name, 7)
+    return Member(
+        net.module.eval(), name, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), input_size=net.input_size if not options
+        else options["size"], interpolation="bilinear", num_classes=7,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "width"),
+    [
+        ("timm:resnet18", 64, 512),
+        ("timm:mobilenetv3_small_100", 64, 1024),
+        ("timm:vit_tiny_patch16_224", 224, 192),
+        ("torchvision:mobilenet_v3_small", 64, 1024),
+        ("torchvision:squeezenet1_1", 64, 512),
+        ("zoo:cifar_resnet8", 32, 64),
+    ],
+)
+@torch.no_grad()
+def test_the_penultimate_vector_is_what_the_last_layer_is_given(spec: str, size: int, width: int) -> None:
+    one = member(spec, size=size)
+    pixels = torch.rand(3, 3, size, size)
+    seen = one.see(pixels, frozenset({"pooled"}))
+    out, pooled = seen.out, seen.vectors
+    assert out.equal(one(pixels))
+    assert pooled.shape == (3, width)
+    assert one.width == width
+    last = [layer for layer in one.net.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+    if isinstance(last, nn.Linear):
+        assert last(pooled).equal(out)
+    assert not any("head" in key and "_head" in key.split(".")[0] for key in one.state_dict())  # listed once only
+    if spec.startswith("zoo"):
+        features = one.net.forward_head(one.net.forward_features(one.read(pixels)), pre_logits=True)  # pyright: ignore
+        assert pooled.equal(features)
+        twin = copy.deepcopy(one)  # as a moving average does
+        twin.net.fc.weight.zero_()  # pyright: ignore
+        assert twin.see(pixels, frozenset({"pooled"})).vectors.equal(pooled)
+        assert twin.see(pixels, frozenset({"pooled"})).out.abs().max() <= twin.net.fc.bias.abs().max()  # pyright: ignore
+
+
+def test_a_network_with_two_heads_has_no_penultimate_vector() -> None:
+    with pytest.raises(WeightsError, match="does not end in one linear layer") as caught:
+        _ = member("timm:deit_tiny_distilled_patch16_224").width
+    assert "bank_pooled" in caught.value.hint
+
+
+def test_threads_that_share_a_mentor_look_each_for_itself() -> None:
+    room = kit.seat(banked())
+    pixels = next(room.data.train.plain(30)).pixels
+    one = Mentors(room.mentors, "fp32", kit.CPU, workers=1, needs=frozenset({"pooled"})).ask(pixels, [0, 1], 10)
+    many = Mentors(room.mentors, "fp32", kit.CPU, workers=3, needs=frozenset({"pooled"})).ask(pixels, [0, 1], 10)
+    for few, more in zip(one, many, strict=True):
+        a, b, c, d = few.out, few.pooled, more.out, more.pooled
+        assert a.equal(c)
+        assert isinstance(b, torch.Tensor)
+        assert isinstance(d, torch.Tensor)
+        assert b.equal(d)

@@ -1,0 +1,89 @@
+"""The rest of a network after a stage, against the whole network."""
+
+import pytest
+import torch
+from heads_kit import SIZE, member
+from torch import nn
+
+from kdcli.errors import RecipeError
+from kdcli.models.split import Rest
+from kdcli.models.taps import Taps
+
+
+def divided(kind: str, tap: int) -> tuple[nn.Module, Rest, str]:
+    one = member(kind)
+    stages = [*Taps(one.net, SIZE, kind)(torch.rand(2, 3, SIZE, SIZE))[1]]
+    return one.net, Rest(one.net, one.head, SIZE, kind, stages[tap]), stages[tap]
+
+
+@pytest.mark.parametrize("tap", [-3, -2, -1])
+@pytest.mark.parametrize("kind", ["zoo", "wrn", "mobile", "timm", "conv_head", "torchvision"])
+def test_the_rest_of_a_stage_is_the_whole(kind, tap):
+    """In training too, where batch norm sees the batch and the traced steps are others."""
+    net, rest, after = divided(kind, tap)
+    x = torch.rand(4, 3, SIZE, SIZE)
+    for training in (False, True):
+        net.train(training)
+        out, maps = Taps(net, SIZE, kind)(x)
+        again, vectors, last = rest(maps[after])
+        assert torch.allclose(again, out, atol=1e-4)
+        assert vectors.shape[0] == 4
+        if last is not None:
+            assert torch.allclose(last, [*maps.values()][-1], atol=1e-4)
+    assert net.training
+
+
+def test_a_rest_learns_and_what_is_before_is_shared():
+    net, rest, after = divided("zoo", -2)
+    other = member("zoo", seed=9).net
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    rest.share_beginning(other)
+    own = {name for name, p in net.named_parameters() if p is not other.get_parameter(name)}
+    assert own == {name for name, _ in net.named_parameters() if name.startswith(("stage3.", "fc."))}
+    assert net.get_buffer("stem.bn.running_mean") is other.get_buffer("stem.bn.running_mean")
+    assert net.get_buffer("stage3.0.bn1.running_mean") is not other.get_buffer("stage3.0.bn1.running_mean")
+    for name, x in net.state_dict().items():
+        assert torch.equal(x, before[name] if name.startswith(("stage3.", "fc.")) else other.state_dict()[name])
+    x = torch.rand(4, 3, SIZE, SIZE)
+    net.eval()
+    other.eval()
+    map_ = Taps(other, SIZE, "zoo")(x)[1][after]
+    assert torch.allclose(rest(map_)[0], net(x), atol=1e-5)  # as a whole it is the graduate
+    rest(map_)[0].sum().backward()
+    assert all(net.get_parameter(name).grad is not None for name in own)
+
+
+def test_a_fresh_network_whose_blocks_do_nothing_yet_is_cut_where_its_stage_ends():
+    """With residual norms at zero a block answers what it is given: many steps say the same."""
+    one = member("zoo")
+    for name, module in one.net.named_modules():
+        if name.endswith("bn2") and isinstance(module, nn.BatchNorm2d):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    rest = Rest(one.net, one.head, SIZE, "zoo", "stage2")
+    paths = {path for path, module in rest.graphs[True].named_modules() if isinstance(module, nn.Conv2d)}
+    assert paths
+    assert all(path.startswith("stage3.") for path in paths)
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin", "torchvision_vit"])
+def test_what_cannot_be_divided_is_refused_with_the_cure(kind):
+    with pytest.raises(RecipeError, match="cannot be divided after") as caught:
+        divided(kind, -2)
+    assert "method.form=networks" in caught.value.hint
+
+
+def test_a_path_around_the_stage_is_found():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage1, self.stage2 = nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Conv2d(4, 4, 3, padding=1, stride=2)
+            self.fc = nn.Linear(4, 10)
+
+        def forward(self, x):
+            y = self.stage2(self.stage1(x))
+            return self.fc(y.mean((2, 3)) + x.mean((1, 2, 3))[:, None])
+
+    net = Around()
+    with pytest.raises(RecipeError, match="something of the picture goes around it"):
+        Rest(net, net.fc, SIZE, "around", "stage1")
