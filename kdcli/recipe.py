@@ -117,13 +117,23 @@ class TrainConfig(Section):
 
 
 class Expect(Section):
-    """A published figure to print beside the measured one."""
+    """Published figures to print next to the measured ones: one table a metric, method -> value."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, dict[str, float]]
 
     source: str = ""
     epoch: Literal["best", "last"] = "last"
     tolerance: float = 0.5  # percentage points
-    top1: dict[str, float] = {}  # method -> percent
-    top5: dict[str, float] = {}
+
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """metric -> method -> value."""
+        return self.__pydantic_extra__
+
+    def of(self, metric: str) -> dict[str, float]:
+        """The published figures of a metric, by method."""
+        return self.figures.get(metric, {})
 
 
 class StageConfig(Section):
@@ -145,7 +155,7 @@ class Recipe(Section):
 
     title: str = ""
     source: str = ""
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "multilabel"] = "classify"
     data: DataConfig = DataConfig()
     classroom: ClassroomConfig = ClassroomConfig()
     method: MethodConfig = MethodConfig()
@@ -216,7 +226,7 @@ class Recipe(Section):
             return self
         other = self.with_(method={"name": name, **self.baselines.get(name, {})})
         if other.expect and other.method.name != name:  # what was published of the method was of another form of it
-            for figures in (other.expect.top1, other.expect.top5):
+            for figures in other.expect.figures.values():
                 figures.pop(other.method.name, None)
                 if name in figures:
                     figures[other.method.name] = figures.pop(name)
@@ -364,7 +374,8 @@ def _check_keys(tables: dict[str, Any], where: str) -> None:
         model = Expect if name == "expect" else field.annotation
         value = tables.get(name)
         if isinstance(model, type) and issubclass(model, Section) and isinstance(value, dict):
-            _unknown(value, model, where, f"{name}.")
+            given = {key: x for key, x in value.items() if model is not Expect or not isinstance(x, dict)}
+            _unknown(given, model, where, f"{name}.")
     for n, one in enumerate(tables.get("stage") or []):
         if isinstance(one, dict):
             _unknown(one, StageConfig, where, f"stage.{one.get('name', n)}.")

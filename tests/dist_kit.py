@@ -71,7 +71,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     """What one training came to, as this rank has it."""
     config = recipe(name)
     room = distill.open_room(config, kit.CPU)[1]
-    run = distributed.first(lambda: kit.Run(folder))
+    run = distributed.on_rank0(lambda: kit.Run(folder))
     session = distill.open_session({config.method.name: config}, room, run, {config.method.name: run})
     distill.start(session, "distill", room)
     kit.drive(distill.go(session))
@@ -135,8 +135,8 @@ if __name__ == "__main__":
     distributed.join(torch.device("cpu"))
     found: dict[str, Any] = {name: trained(name, out / name.replace(" ", "-")) for name in RECIPES}
     try:
-        distributed.alike({"data": "the same", "teacher": f"of rank {distributed.rank()}"})
+        distributed.check_equal({"data": "the same", "teacher": f"of rank {distributed.rank()}"})
     except RecipeError as error:
         found["unlike"] = error.message
     torch.save(found, out / f"rank-{distributed.rank()}.pt")
-    distributed.part()
+    distributed.shutdown()

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         from kdcli.cli import launch
         from kdcli.system import distributed
 
-        ranked = distributed.expected() > 1
+        ranked = distributed.expected_ranks() > 1
     try:
         with _terminated():
             if ranked:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             if ranked and code == 130:
                 raise KeyboardInterrupt
             if ranked and not code:
-                distributed.part()
+                distributed.shutdown()
     except (Exception, KeyboardInterrupt) as error:
         if ranked:
             launch.leave(error, _complain, debug=debug)

@@ -80,11 +80,11 @@ def _show_room(found, notes) -> None:
     from kdcli.cli import tables
 
     tables.notes([*notes, *found.notes])
-    columns = ["role", "name", "parameters", "multiply-adds", "input", "top-1 %"]
+    columns = ["role", "name", "parameters", "multiply-adds", "input", found.metric.title]
     rows = [
-        [s.role, s.name, f"{s.params:,}", tables.count(s.macs), f"{s.input_size} px",
-         "" if s.top1 is None else f"{s.top1:.2f}"]
-        for s in found.seats
+        [s.role, s.name, f"{s.params:,}", tables.count(s.macs), f"{text(s.input_size)} px",
+         f"{s.score[found.metric.name]:.2f}" if s.score else ""]
+        for s in found.rows
     ]  # fmt: skip
     tables.table(columns, rows, left=2)
     for name, taps in found.taps.items():

@@ -123,7 +123,7 @@ def compared(config, names, seeds, device, out, notes, *, independent=False, qui
         room.start(session, classroom, config, names, seeds)
         tables.follow(room.go(session), f"{len(session.learners)} students", quiet=quiet)
         room.staged(config, names, seeds, device, folder, teller([], quiet))
-    return distributed.first(lambda: room.summarise(folder)), folder
+    return distributed.on_rank0(lambda: room.summarise(folder)), folder
 
 
 def resumed(folder, device, *, quiet=False):
@@ -133,21 +133,21 @@ def resumed(folder, device, *, quiet=False):
     from kdcli.system import distributed
     from kdcli.workflows import compare as room, distill
 
-    if distributed.first(lambda: folder.finished):
-        return distributed.first(lambda: room.summarise(folder)), folder
+    if distributed.on_rank0(lambda: folder.finished):
+        return distributed.on_rank0(lambda: room.summarise(folder)), folder
     with folder.writing():
         config, facts = folder.recipe, folder.provenance
         names, seeds = room.again(folder), facts["train_seeds"]
         if facts["independent"]:
             room.independent(config, names, seeds, device, folder, teller([], quiet), resume=True)
         else:
-            if not distributed.first(lambda: room.through(folder, config, names, seeds)):
+            if not distributed.on_rank0(lambda: room.through(folder, config, names, seeds)):
                 classroom = room.open_room(config, device)
                 distill.same_room(folder, classroom)
                 session = room.open_session(config, names, seeds, classroom, folder)
                 tables.follow(room.go(session, resume=True), f"{len(session.learners)} students", quiet=quiet)
             room.staged(config, names, seeds, device, folder, teller([], quiet))
-    return distributed.first(lambda: room.summarise(folder)), folder
+    return distributed.on_rank0(lambda: room.summarise(folder)), folder
 
 
 def show_comparison(comparison) -> None:

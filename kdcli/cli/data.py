@@ -15,10 +15,10 @@ app = typer.Typer(no_args_is_help=True, help="Data sets: what there is, where it
 def ls(data_root: o.Root = None, json: o.Json = False) -> None:
     """List the data sets kdcli knows and whether they are here."""
     from kdcli.cli import tables
-    from kdcli.data import listing
+    from kdcli.data import available
     from kdcli.system.paths import data_root as where
 
-    found = listing(data_root)
+    found = available(data_root)
     if json:
         tables.as_json(found)
         return

@@ -66,7 +66,7 @@ def to_resume(name, kind, *, finished_too=False):
             raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli {whole.kind} --resume {whole.path}")
     if run.kind != kind:
         raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
-    if run.finished and not finished_too and not distributed.attempt():  # a rank may have died after the end
+    if run.finished and not finished_too and not distributed.restarts():  # a rank may have died after the end
         raise RecipeError(f"{run.path} is finished", hint=f"`kdcli runs show {run.path}` prints it.")
     run.check_methods()
     return run
@@ -85,10 +85,10 @@ def train_one(config, run, device, kind, *, notes, resume=False, quiet=False, ke
         if resume:
             stack.enter_context(run.writing())
         if (whole := stages.plan(config)).stages:
-            rehearsed = None if resume else stages.check(whole, room.data_of(config, device), device)
+            checked = None if resume else stages.check(whole, room.data_of(config, device), device)
             if not resume:
                 stack.enter_context(run.writing())
-            stages.learn(config, run, device, teller(notes, quiet), rehearsed=rehearsed)
+            stages.learn(config, run, device, teller(notes, quiet), checked=checked)
             return told(config, run, quiet)
         _, classroom = room.open_room(config, device, mentors=methods.find(config.method.name).teachers > 0)
         session = room.open_session({label: config}, classroom, run, {label: run}, keep)
@@ -124,22 +124,22 @@ def told(config, run, quiet):
     from kdcli.workflows import distill as room
 
     label = config.method.label
-    result = distributed.first(lambda: room.result(label, run))
-    facts = distributed.first(lambda: run.provenance)
+    result = distributed.on_rank0(lambda: room.result(label, run))
+    facts = distributed.on_rank0(lambda: run.provenance)
     stages = facts.get("stages", {})
     if not quiet:
-        published = config.expect.top1.get(label) if config.expect else None
-        rows = [["top-1 %", f"{result.top1:.2f}"], ["of epoch", result.epoch]]
-        rows += [["last epoch %", f"{result.last:.2f}"], [f"best epoch % ({result.best_epoch})", f"{result.best:.2f}"]]
+        metric = result.metric
+        published = config.expect.of(metric.name).get(label) if config.expect else None
+        rows = [[metric.title, f"{result.value:.2f}"], ["of epoch", result.epoch]]
+        rows.append([f"last epoch {metric.unit}", f"{result.last:.2f}"])
+        rows.append([f"best epoch {metric.unit} ({result.best_epoch})", f"{result.best:.2f}"])
         if config.expect and published is not None:
             measured = result.best if config.expect.epoch == "best" else result.last
             within = abs(measured - published) <= config.expect.tolerance
-            rows.append([f"published ({config.expect.epoch} epoch) %", f"{published:.2f}"])
+            rows.append([f"published ({config.expect.epoch} epoch) {metric.unit}", f"{published:.2f}"])
             rows.append(["", "reproduced" if within else f"off by {measured - published:+.2f}"])
-        rows += [[f"stage {name} %", f"{one['top1']:.2f}"] for name, one in stages.items()]
+        rows += [[f"stage {name} {metric.unit}", f"{one['score'][metric.name]:.2f}"] for name, one in stages.items()]
         tables.table(["", f"{facts['data']['name']} test"], rows)
         tables.line("run", run.path)
-    return {
-        "run": str(run.path), "top1": result.top1, "epoch": result.epoch, "last": result.last, "best": result.best,
-        "best_epoch": result.best_epoch, **({"stages": stages} if stages else {}),
-    }  # fmt: skip
+    plain = {name: {**one, **one["score"]} for name, one in stages.items()}
+    return {**result.json(), **({"stages": plain} if stages else {})}

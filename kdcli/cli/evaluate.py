@@ -24,8 +24,6 @@ def evaluate(
     json: o.Json = False,
 ) -> None:
     """Top-1, top-5, loss, calibration and every class's accuracy of a run, a checkpoint or an exported file."""
-    from dataclasses import asdict
-
     from kdcli.cli import tables
     from kdcli.cli.resolve import subject
     from kdcli.errors import DataError, RecipeError
@@ -43,20 +41,18 @@ def evaluate(
     if mentors:
         if what.run is None:
             raise RecipeError("--mentors needs a run, whose recipe names them", hint="kdcli evaluate RUN --mentors")
-        from kdcli.mentors.classroom import seat
+        from kdcli.mentors.classroom import build_classroom
         from kdcli.workflows import stages
 
-        teachers = {m.name: m for m in seat(stages.recipe_of(what.run), what.data, picked).mentors}
-    result = room.report(what.model, part, what.data.classes, picked, teachers)
+        teachers = {m.name: m for m in build_classroom(stages.recipe_of(what.run), what.data, picked).mentors}
+    result = room.report(what.model, part, what.data.classes, what.task, picked, teachers)
     if json:
-        tables.as_json({"model": what.name, "data": what.data.name, "split": split, **asdict(result)})
+        tables.as_json({"model": what.name, "data": what.data.name, "split": split, **result.json()})
         return
     rows = [
-        ["images", result.images],
-        ["top-1 %", f"{result.top1:.2f}"],
-        ["top-5 %", f"{result.top5:.2f}"],
-        ["loss", f"{result.loss:.4f}"],
-        ["calibration error %", f"{result.calibration:.2f}"],
+        ["images", result.score.images],
+        *[[m.title, f"{result.score[m.name]:.{2 if m.unit else 4}f}"] for m in what.task.metrics],
+        *[[f"{name} {what.task.metrics[0].unit}", f"{value:.2f}"] for name, value in result.details.items()],
         *[[f"agrees with {name} %", f"{value:.2f}"] for name, value in result.agreement.items()],
     ]
     tables.table([what.name, f"{what.data.name} {split}"], rows)
@@ -64,7 +60,7 @@ def evaluate(
     if len(worst) > 20:
         worst = worst[:20]
         tables.console.print(f"[dim]the 20 hardest of {len(result.per_class)} classes; --json has all[/]")
-    tables.table(["class", "top-1 %"], [[name, f"{value:.1f}"] for name, value in worst])
+    tables.table(["class", what.task.per_class.title], [[name, f"{value:.1f}"] for name, value in worst])
     if what.run:
         tables.next_line("kdcli export --onnx" + (f" {model}" if model else ""))
     elif model and model.endswith(".onnx"):

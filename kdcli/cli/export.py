@@ -57,5 +57,5 @@ def about(run, data) -> dict[str, str]:
     facts = run.provenance
     return {
         "run": str(run.path), "dataset": data.name, "classes": json.dumps(data.classes), "recipe": facts["recipe"],
-        "top1": f"{facts['top1']:.2f}",
+        **{name: f"{value:.2f}" for name, value in run.score.items()},
     }  # fmt: skip

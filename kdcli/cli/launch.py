@@ -136,7 +136,7 @@ def leave(error: BaseException, say: Callable[[BaseException], int], *, debug: b
     if isinstance(error, KeyboardInterrupt) and "TORCHELASTIC_RESTART_COUNT" in os.environ:
         os._exit(InterruptedRun.exit_code)
     board, mine = distributed.store(), None
-    if not _echo(error) and board.add(f"speaker-{distributed.attempt()}", 1) == 1:
+    if not _echo(error) and board.add(f"speaker-{distributed.restarts()}", 1) == 1:
         sys.stderr = sys.__stderr__
         if debug and not isinstance(error, KdcliError):
             traceback.print_exception(error)
@@ -145,9 +145,9 @@ def leave(error: BaseException, say: Callable[[BaseException], int], *, debug: b
     code = mine if mine is not None else _within(GRACE, lambda: _settled(board))
     together = None
     if code is not None:
-        left = f"left-{distributed.attempt()}"
+        left = f"left-{distributed.restarts()}"
         board.add(left, 1)
-        together = _within(GRACE, lambda: board.add(left, 0) >= distributed.expected() or None)
+        together = _within(GRACE, lambda: board.add(left, 0) >= distributed.expected_ranks() or None)
     if together:
         sys.exit(code)
     print(end="", file=sys.stderr, flush=True)

@@ -143,13 +143,13 @@ def place(device: str | None, gpus: int | None) -> "torch.device":
     from kdcli.cli import tables
     from kdcli.system import device as devices, distributed
 
-    if gpus is not None and distributed.expected() == 1:
+    if gpus is not None and distributed.expected_ranks() == 1:
         from kdcli.cli import launch
 
         launch.launch(cli.typed, gpus, device, debug="--debug" in cli.typed)
     picked = distributed.join(devices.pick(device), gpus)
-    if distributed.attempt():
-        tables.errors.print(f"[dim]a rank died: all were started again, {distributed.attempt()} times so far[/]")
+    if distributed.restarts():
+        tables.errors.print(f"[dim]a rank died: all were started again, {distributed.restarts()} times so far[/]")
     return picked
 
 

@@ -15,7 +15,6 @@ def quickstart(
 ) -> None:
     """Train a teacher and two peers on handwritten digits, distil a tiny student, compare, export, verify, time."""
     import time
-    from dataclasses import asdict
 
     from kdcli.cli import tables
     from kdcli.cli.compare import show_comparison
@@ -36,11 +35,12 @@ def quickstart(
     seconds = time.perf_counter() - began
     if json:
         tables.as_json({
-            "run": str(story.run.path), "seconds": round(seconds, 1), "comparison": asdict(story.comparison),
-            "shipped": [asdict(row) for row in story.shipped],
+            "run": str(story.run.path), "seconds": round(seconds, 1), "comparison": story.comparison.table(),
+            "shipped": [row.json() for row in story.shipped],
         })  # fmt: skip
         return
     tables.notes(story.classroom.notes)
+    metric = story.comparison.metric
     tables.console.print()
     show_comparison(story.comparison)
     tables.console.print()
@@ -48,8 +48,8 @@ def quickstart(
         ["", *(f"{row.role}" for row in story.shipped)],
         [
             ["network", *(row.name for row in story.shipped)],
-            ["top-1 % in torch", *(f"{row.top1_torch:.2f}" for row in story.shipped)],
-            ["top-1 % in onnxruntime", *(f"{row.top1_onnx:.2f}" for row in story.shipped)],
+            [f"{metric.title} in torch", *(f"{row.in_torch:.2f}" for row in story.shipped)],
+            [f"{metric.title} in onnxruntime", *(f"{row.in_onnx:.2f}" for row in story.shipped)],
             ["parameters", *(f"{row.params:,}" for row in story.shipped)],
             ["multiply-adds", *(tables.count(row.macs) for row in story.shipped)],
             ["file", *(tables.size(row.size) for row in story.shipped)],

@@ -27,12 +27,17 @@ def ls(
         tables.as_json([{"name": name, "title": one.title, "source": one.source} for name, one in found])
         return
     rows = [
-        [name, one.title, f"{one.expect.top1[one.method.name]:.2f}"
-         if one.expect and one.method.name in one.expect.top1 else ""]
+        [name, one.title, _published(one)]
         for name, one in found
     ]  # fmt: skip
     tables.table(["recipe", "what", "published %"], rows, left=2)
     tables.next_line(f"kdcli recipes cat {found[0][0]}")
+
+
+def _published(recipe) -> str:
+    """The figure that was published for the recipe's own method."""
+    figures = recipe.expect.figures.values() if recipe.expect else ()
+    return next((f"{one[recipe.method.name]:.2f}" for one in figures if recipe.method.name in one), "")
 
 
 @app.command("cat", epilog="Examples:\n\nkdcli recipes cat quickstart\n\nkdcli recipes cat cifar100/r56-r20 --whole")

@@ -10,7 +10,7 @@ from kdcli.errors import RecipeError, did_you_mean
 from kdcli.recipe import Recipe
 from kdcli.training import run as runs
 from kdcli.training.run import Run
-from kdcli.workflows.distill import student_of
+from kdcli.training.student import student_of
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Subject:
     model: Any
     data: Any
     run: Run | None
+    task: Any
 
 
 def subject(
@@ -45,18 +46,19 @@ def subject(
     size = run.provenance["data"].get("image_size", member.input_size) if not data else member.input_size
     opened = _data(run.recipe.with_(**over), size, device)
     _same_classes(member.num_classes, opened, run.name)
-    return Subject(f"{run.name}: {member.name}", member.to(device), opened, run)
+    return Subject(f"{run.name}: {member.name}", member.to(device), opened, run, _task(run.recipe.task, opened))
 
 
 def _carded(path: Path, over: dict[str, Any], device: Any) -> Subject:
     """A file of weights with its card beside it."""
-    from kdcli.mentors.classroom import from_card
-    from kdcli.models import cards, weights
+    from kdcli.models import cards, checkpoint
+    from kdcli.models.build import from_card
 
-    member = from_card(cards.read_card(path.with_suffix(".toml")), weights.load_state(path))
+    card = cards.read_card(path.with_suffix(".toml"))
+    member = from_card(card, checkpoint.load_state(path))
     opened = _data(_on_data(str(path), over), member.input_size, device)
     _same_classes(member.num_classes, opened, str(path))
-    return Subject(str(path), member.to(device), opened, None)
+    return Subject(str(path), member.to(device), opened, None, _task(card.task, opened))
 
 
 def _onnx(path: str, over: dict[str, Any], device: Any) -> Subject:
@@ -71,7 +73,7 @@ def _onnx(path: str, over: dict[str, Any], device: Any) -> Subject:
         recipe = Run(Path(run)).recipe.with_(**over)
     opened = _data(recipe, model.input_size, device)
     _same_classes(model.num_classes, opened, path)
-    return Subject(path, model, opened, None)
+    return Subject(path, model, opened, None, _task(model.metadata.get("task", recipe.task), opened))
 
 
 def _named(spec: str, over: dict[str, Any], device: Any) -> Subject:
@@ -90,19 +92,25 @@ def _named(spec: str, over: dict[str, Any], device: Any) -> Subject:
             "a checkpoint is named ARCHITECTURE@PATH.",
         ) from None
     member, opened = mentor_on(spec, _on_data(spec, over), device)
-    return Subject(spec, member, opened, None)
+    return Subject(spec, member, opened, None, _task(Recipe().with_(**over).task, opened))
 
 
 def mentor_on(spec: str, recipe: Recipe, device: Any) -> tuple[Any, Any]:
     """A mentor by name, and the recipe's data at the size the mentor reads."""
-    from kdcli.mentors.classroom import seat
+    from kdcli.mentors.classroom import build_classroom
 
     recipe = recipe.with_(**{"classroom.student": spec.partition("@")[0], "classroom.teacher": spec})
     opened = _data(recipe, None, device)
-    member = seat(recipe, opened, device).mentors[0]
+    member = build_classroom(recipe, opened, device).mentors[0]
     if member.input_size != opened.image_size and recipe.data.image_size is None:
         opened = _data(recipe, member.input_size, device)
     return member, opened
+
+
+def _task(name: str, opened: Any) -> Any:
+    from kdcli.tasks import TASKS
+
+    return TASKS[name](len(opened.classes))
 
 
 def _on_data(what: str, over: dict[str, Any]) -> Recipe:

@@ -20,7 +20,8 @@ def ls(json: o.Json = False) -> None:
         facts, recipe = run.provenance, run.recipe
         found.append({
             "run": run.name, "kind": run.kind, "student": recipe.classroom.student, "method": recipe.method.label,
-            "data": recipe.data.name, "top1": facts.get("top1"), "finished": run.finished, "size": run.size(),
+            "data": recipe.data.name, **(run.score or {run.metric.name: None}), "metric": run.metric.name,
+            "finished": run.finished, "size": run.size(),
             "started": facts.get("started"),
         })  # fmt: skip
     if json:
@@ -32,11 +33,11 @@ def ls(json: o.Json = False) -> None:
         return
     rows = [
         [f["run"], f["kind"], f["student"], f["method"], f["data"],
-         "" if f["top1"] is None else f"{f['top1']:.2f}", "done" if f["finished"] else "stopped",
+         "" if f[f["metric"]] is None else f"{f[f['metric']]:.2f}", "done" if f["finished"] else "stopped",
          tables.size(f["size"])]
         for f in found
     ]  # fmt: skip
-    tables.table(["run", "kind", "student", "method", "data", "top-1 %", "state", "size"], rows, left=5)
+    tables.table(["run", "kind", "student", "method", "data", "score %", "state", "size"], rows, left=5)
     last = found[-1]
     tables.next_line(f"kdcli runs show {last['run']}")
 
@@ -52,14 +53,14 @@ def show_run(run: o.RunName = None, json: o.Json = False) -> None:
     if json:
         tables.as_json({"run": str(found.path), "provenance": facts, "metrics": rows})
         return
-    plain = ("kind", "command", "started", "device", "recipe", "top1", "epoch", "best", "best_epoch")
-    known = {key: facts[key] for key in plain if key in facts}
+    plain = ("kind", "command", "started", "device", "recipe", "epoch", "best", "best_epoch")
+    known = {key: facts[key] for key in plain if key in facts} | found.score
     lines = [[key, f"{fact:.2f}" if isinstance(fact, float) else fact] for key, fact in known.items()]
     lines += [["data", f"{facts['data']['name']} ({facts['data']['hash'][:12]})"]]
     lines += [[f"mentor {name}", f"{m['architecture']} ({m['sha256'][:12]})"] for name, m in facts["mentors"].items()]
     for name in facts.get("stages", {}):
         stage = runs.Run(found.path / "stages" / name)
-        lines += [[f"stage {name}", f"{stage.provenance['top1']:.2f}" if stage.done else "not finished"]]
+        lines += [[f"stage {name}", f"{stage.score[stage.metric.name]:.2f}" if stage.done else "not finished"]]
     lines += [["state", "done" if found.finished else f"stopped after {len(rows)} epochs"]]
     tables.table([found.name, ""], lines, left=2)
     if found.kind == "compare":

@@ -13,8 +13,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from kdcli.training.learner import Learner
-    from kdcli.training.loop import Event, Step
     from kdcli.training.run import Run
+    from kdcli.training.session import Event, Step
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -81,7 +81,7 @@ def next_line(command: str) -> None:
 
 def follow(events: "Iterator[Event]", label: str, *, quiet: bool = False) -> None:
     """Run a training to its end under a progress bar; no bar where there is no terminal. Warnings always show."""
-    from kdcli.training.loop import Notice, Step
+    from kdcli.training.session import Notice, Step
 
     if quiet or not console.is_terminal:
         for event in events:
@@ -114,12 +114,12 @@ def _says(step: "Step") -> str:
 
 
 def _state(learner: "Learner") -> str:
-    means = learner.tally.means()
-    right = 100 * means.pop("right", 0.0) * learner.tally.batches / max(learner.tally.images, 1)
-    words = [f"{learner.name}" if "-" in learner.name else "", f"top-1 {right:.1f}%"]
-    words += [f"{name[5:]} {value:.3f}" for name, value in means.items() if name.startswith("term/")]
-    if "note/active" in means:
-        words.append(f"active {sum(means['note/active']):.1f}/{len(means['note/active'])}")
+    metric, notes = learner.task.metrics[0], learner.meter.means("note/")
+    words = [f"{learner.name}" if "-" in learner.name else ""]
+    words.append(f"{metric.label} {learner.training_score().value:.1f}{metric.unit}")
+    words += [f"{name} {value:.3f}" for name, value in learner.meter.means("term/").items()]
+    if "active" in notes:
+        words.append(f"active {sum(notes['active']):.1f}/{len(notes['active'])}")
     return " ".join(word for word in words if word)
 
 

@@ -65,11 +65,13 @@ def train(
         run = room.run_folder(out, config, "train")
         wanted = _epochs(keep, config.train.epochs)
     outcome = train_one(config, run, picked, "train", notes=notes, resume=bool(resume), quiet=json, keep=wanted)
-    added, name = distributed.first(lambda: into_zoo(run)), str(config.classroom.student).partition("@")[0]
+    added, name = distributed.on_rank0(lambda: into_zoo(run)), str(config.classroom.student).partition("@")[0]
     if json:
-        tables.as_json({**outcome, "zoo": added.model_dump()})
+        tables.as_json({**outcome, "zoo": {**added.model_dump(), **added.score}})
         return
-    tables.line("zoo", f"{added.architecture} on {added.dataset}, {added.top1:.2f} % ({added.sha256[:12]})")
+    tables.line(
+        "zoo", f"{added.architecture} on {added.dataset}, {added.value:.2f} {added.metric.unit} ({added.sha256[:12]})"
+    )
     for epoch in sorted(wanted):
         tables.line("kept", f"{name}@{run.path}#{epoch}")
     tables.next_line(f"kdcli distill --teacher {name} --student NAME --data {config.data.name}")
@@ -77,10 +79,10 @@ def train(
 
 def into_zoo(run):
     """Add a finished run's student to the user's zoo."""
-    from kdcli.models import cards, weights
+    from kdcli.models import cards, checkpoint
 
     card = cards.read_card(run.path / "student.toml")
-    return cards.add(weights.load_state(run.path / "student.safetensors"), card)
+    return cards.add(checkpoint.load_state(run.path / "student.safetensors"), card)
 
 
 def _epochs(text: str | None, last: int) -> set[int]:

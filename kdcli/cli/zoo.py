@@ -19,15 +19,18 @@ def ls(json: o.Json = False) -> None:
     cards = zoo.cards()
     if json:
         tables.as_json(
-            [{**card.model_dump(mode="json"), "weights": str(zoo.weights_path(card) or "")} for card in cards]
+            [
+                {**card.model_dump(mode="json"), **card.score, "weights": str(zoo.weights_path(card) or "")}
+                for card in cards
+            ]
         )
         return
     rows = [
-        [card.architecture, card.dataset, "" if card.top1 is None else f"{card.top1:.2f}", card.epoch,
+        [card.architecture, card.dataset, "" if card.value is None else f"{card.value:.2f}", card.epoch,
          card.sha256[:12], card.licence, card.origin, "here" if zoo.weights_path(card) else "card only"]
         for card in cards
     ]  # fmt: skip
-    tables.table(["architecture", "data", "top-1 %", "epoch", "sha256", "licence", "origin", "weights"], rows, left=2)
+    tables.table(["architecture", "data", "score %", "epoch", "sha256", "licence", "origin", "weights"], rows, left=2)
     tables.next_line("kdcli train --model NAME --data NAME")
 
 
@@ -53,7 +56,7 @@ def add(
     else:
         card = into_zoo(runs.find(what))
     if json:
-        tables.as_json(card.model_dump(mode="json"))
+        tables.as_json({**card.model_dump(mode="json"), **card.score})
         return
     tables.line("added", f"{card.line()} ({card.sha256[:12]})")
     tables.next_line("kdcli zoo ls")
@@ -87,7 +90,8 @@ def _from_file(path: Path, architecture: str | None, data: str | None, licence: 
     from kdcli.errors import RecipeError
     from kdcli.models import cards as zoo
     from kdcli.recipe import Recipe
-    from kdcli.training import learner
+    from kdcli.tasks import TASKS
+    from kdcli.training import student
     from kdcli.training.evaluate import score
 
     known = zoo.identify(path)
@@ -97,8 +101,12 @@ def _from_file(path: Path, architecture: str | None, data: str | None, licence: 
             f"{path}: which network is it, and for which data?", hint="Add --architecture NAME --data NAME."
         )
     over = {"data.name": data, "data.root": root} if root else {"data.name": data}
-    member, opened = mentor_on(f"{architecture}@{path}", Recipe().with_(**over), torch.device("cpu"))
-    top1 = score(member, opened.test, torch.device("cpu")).top1
-    card = learner.card(member, opened, None, top1, known.origin if known else str(path))
+    recipe = Recipe().with_(**over)
+    member, opened = mentor_on(f"{architecture}@{path}", recipe, torch.device("cpu"))
+    task = TASKS[recipe.task](len(opened.classes))
+    found = score(member, opened.test, task, torch.device("cpu"))
+    card = student.card(
+        member, opened, task=task.name, epoch=None, score=found, origin=known.origin if known else str(path)
+    )
     card = card.model_copy(update={"licence": licence or (known.licence if known else "")})
     return zoo.add(member.net.state_dict(), card)

@@ -1,6 +1,7 @@
 """Pictures in, named batches out: sources, splits, views and the stream of training batches."""
 
-from kdcli.data.dataset import Batch, DataSet, Split
+from kdcli.data.batch import Batch
+from kdcli.data.dataset import DataSet, Split
 from kdcli.data.listing import available
 from kdcli.data.sources import open_data, packing
 from kdcli.data.stream import Stream

@@ -1,59 +1,21 @@
 """What a data set is to the rest of the house: splits of named samples, and batches of them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kdcli.data.batch import Batch, Device, moved
 from kdcli.data.views import PLAIN, Views
 from kdcli.errors import RecipeError
 from kdcli.system.cuda_graph import Captured
-
-if TYPE_CHECKING:
-    from kdcli.system.shards import Whole
+from kdcli.system.sizes import Size
 
 STD_FLOOR = 1e-2  # a channel that never changes must not be divided by nothing
-Device = torch.device | str
-
-
-@dataclass
-class Batch:
-    """Some samples.
-
-    pixels [B,3,S,S] float32 in [0,1] (float data: as stored), not normalised; target [B] int64, or [B,K] float after
-    mixup; index [B] int64 each sample's number in its full set; view [B] int64 the name of its augmented reading, -1
-    when plain; host index and view on the CPU, where they are at hand, to be read without waiting for a device;
-    strong [B,3,S,S] each sample's strong view, for methods that need two.
-    With several ranks: this rank's share of a `whole` batch.
-    """
-
-    pixels: Tensor
-    target: Tensor
-    index: Tensor
-    view: Tensor
-    host: tuple[Tensor, Tensor] | None = None
-    whole: "Whole | None" = None
-    strong: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    @property
-    def names(self) -> "Batch | Whole":
-        """Target and index of all its samples, those of other ranks too."""
-        return self.whole or self
-
-    def to(self, device: Device) -> "Batch":
-        here = {name: moved(getattr(self, name), device) for name in ("pixels", "target", "index", "view")}
-        return replace(self, **here, strong=None if self.strong is None else moved(self.strong, device))
-
-    def on_host(self) -> tuple[Tensor, Tensor]:
-        """Index and view on the CPU; waits for the device only where nobody kept them."""
-        return self.host or (self.index.cpu(), self.view.cpu())
 
 
 class Store(Protocol):
@@ -102,14 +64,6 @@ class Pixels:
         return self.views.apply(self.pixels.index_select(0, rows), names)
 
 
-def moved(x: Tensor, device: Device) -> Tensor:
-    """On `device`, without waiting only towards CUDA: the other way the values might be read before they arrived."""
-    towards = torch.device(device).type == "cuda"
-    if towards and x.device.type == "cpu":
-        x = x.pin_memory()  # from memory that may be paged out, a copy waits for the steps before it
-    return x.to(device, non_blocking=towards)
-
-
 def as_float(pixels: Tensor) -> Tensor:
     """uint8 as float32 in [0,1], float data as it is; multiplied, since a GPU would divide that way and a CPU not."""
     return pixels * (1 / 255) if pixels.dtype == torch.uint8 else pixels.float()
@@ -129,7 +83,7 @@ class Split:
         full: int | None = None,
     ) -> None:
         self.store = store
-        self.targets = targets.to("cpu", torch.int64)
+        self.targets = targets.cpu()
         self.index = torch.arange(len(targets)) if index is None else index
         self.full = len(targets) if full is None else full
 
@@ -155,7 +109,7 @@ class Split:
         """`n` plain images (all, when there are fewer) spread evenly over the split, on the CPU, for export checks."""
         n = min(n, len(self))
         rows = torch.arange(n) * len(self) // max(n, 1)
-        return next(self.subset(rows).plain(n)).pixels
+        return next(self.subset(rows).plain(n)).images
 
 
 @dataclass
@@ -168,7 +122,7 @@ class DataSet:
     hash: str  # sha256 of the whole source, before holdout and per_class: a mentor trained on it is found again by it
     mean: tuple[float, float, float]  # for a student without values of its own
     std: tuple[float, float, float]
-    image_size: int
+    image_size: Size
     augment: str  # the preset in force, never "auto"
     train: Split
     test: Split
@@ -203,7 +157,7 @@ def moments(split: Split, some: int | None = None) -> tuple[Triple, Triple]:
     rows = torch.arange(len(split)) if some is None or some >= len(split) else torch.arange(some) * len(split) // some
     total, squares, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
     for few in rows.split(64):  # one batch at a time: no processes are started for this
-        part = next(split.subset(few).plain(64)).pixels.double()
+        part = next(split.subset(few).plain(64)).images.double()
         total += part.sum((0, 2, 3))
         squares += part.square().sum((0, 2, 3))
         count += part.numel() // 3

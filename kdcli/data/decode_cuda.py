@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdcli.data.dataset import Device, as_float, moved
+from kdcli.data.batch import Device, moved
+from kdcli.data.dataset import as_float
 from kdcli.data.decode import JPEG, RGB, corrupt, decode, reason
 from kdcli.data.views import numbers
 from kdcli.data.workers import Files, Readers

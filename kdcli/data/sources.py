@@ -11,7 +11,8 @@ import torch
 from timm.data.imagenet_info import ImageNetInfo
 
 from kdcli.data import arrays, decode_cuda, folder, pack
-from kdcli.data.dataset import DataSet, Device, Pixels, Split, Store, moments, square
+from kdcli.data.batch import Device
+from kdcli.data.dataset import DataSet, Pixels, Split, Store, moments, square
 from kdcli.data.decode import Part
 from kdcli.data.split import balanced, check_classes, held_out
 from kdcli.data.views import Views, preset
@@ -20,6 +21,7 @@ from kdcli.errors import DataError, RecipeError, did_you_mean
 from kdcli.recipe import DataConfig
 from kdcli.system import distributed
 from kdcli.system.paths import data_root
+from kdcli.system.sizes import pair
 
 SOURCES = ("digits", "cifar10", "cifar100", "imagenet", "imagenet:DIR", "folder:DIR", "pack:FILE", "npz:FILE")
 IMAGENET_MOMENTS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -115,7 +117,7 @@ def _open_arrays(config: DataConfig, kind: str, where: str, augment: str, device
         notes.append(("data.holdout", len(held), "the file's own val part is the held-out slice; all of train trains"))
     train, held = _divide(config, train, held, raw.classes)
     return DataSet(
-        name, raw.classes, None, raw.hash(), mean, std, size, augment, train, test, held, views.slots, notes
+        name, raw.classes, None, raw.hash(), mean, std, pair(size), augment, train, test, held, views.slots, notes
     )  # fmt: skip
 
 
@@ -219,7 +221,7 @@ def here_or(root: Path, where: str) -> Path:
 def cores() -> int:
     """Cores this process may use, shared with the other ranks on this machine."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(here // distributed.neighbours(), 1)
+    return max(here // distributed.local_ranks(), 1)
 
 
 def _open_files(
@@ -259,7 +261,7 @@ def _open_files(
     rest, held = _divide(config, whole, None, classes)
     tested = Split(stores[1], torch.from_numpy(test.labels))
     return DataSet(
-        name, classes, wnids, files.hash, mean, std, size, augment, rest, tested, held, views.slots, notes, skipped,
+        name, classes, wnids, files.hash, mean, std, pair(size), augment, rest, tested, held, views.slots, notes, skipped,
         f"{files.pixels}{' on cuda' if on_gpu else ''}",
     )  # fmt: skip
 

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from kdcli.data.dataset import Batch, DataSet, Device
+from kdcli.data.batch import Batch, Device
+from kdcli.data.dataset import DataSet
 from kdcli.data.views import Views, number
 from kdcli.errors import RecipeError
 from kdcli.system import shards
@@ -94,7 +95,7 @@ class Stream:
         for n, (x, (target, index, view), here) in enumerate(zip(pixels, names, host, strict=True), start):
             if self.mixing:
                 x, target = self._mix(x, target, number(self.seed, epoch, MIX, n))
-            yield shards.divide(Batch(x, target, index, view, here, strong=next(seconds)), self.mixing)
+            yield Batch(x, target, index, view, here, strong=next(seconds)).share(self.mixing)
 
     def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:
         """The pixels an epoch yielded under these names, to the bit (before mixing, which has no name)."""

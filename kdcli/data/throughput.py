@@ -8,7 +8,7 @@ from itertools import count
 
 import numpy as np
 
-from kdcli.data.dataset import Batch, Device
+from kdcli.data.batch import Batch, Device
 from kdcli.data.sources import open_data
 from kdcli.data.stream import Stream
 from kdcli.data.workers import Files
@@ -78,6 +78,6 @@ def _window(batches: Iterator[Batch], seconds: float) -> float:
             batch = next(batches)
             images += len(batch)
             if time.perf_counter() - began >= lasts:
-                batch.pixels[0, 0, 0, 0].item()  # waits for the device, so that the clock is true
+                batch.images[0, 0, 0, 0].item()  # waits for the device, so that the clock is true
                 break
     return images / (time.perf_counter() - began)

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcli.data.dataset import Device, as_float, moved
+from kdcli.data.batch import Device, moved
+from kdcli.data.dataset import as_float
 from kdcli.data.decode import Answer, Decoder, Part, corrupt
 from kdcli.data.views import PLAIN, Views
 from kdcli.errors import DataError

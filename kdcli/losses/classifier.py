@@ -27,10 +27,3 @@ def ofa_loss(
 def standardise(out: Float[Tensor, "B K"], *, logit_scale: float = 3.1415, eps: float = 1e-7) -> Float[Tensor, "B K"]:
     """Every sample's logits with mean 0 and variance 1 over the classes, times `logit_scale`: SHAKE, Li et al. 2022."""
     return logit_scale * F.layer_norm(out.float(), out.shape[-1:], eps=eps)
-
-
-def head_logits(
-    pooled: Float[Tensor, "B D"], weight: Float[Tensor, "K D"], bias: Float[Tensor, " K"] | None
-) -> Float[Tensor, "B K"]:
-    """A classifier's answer to vectors through which the gradient flows, though not into the classifier."""
-    return F.linear(pooled, weight.detach(), None if bias is None else bias.detach())

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int, Int16
 from torch import Tensor
 
-from kdcli.data.dataset import moved
+from kdcli.data.batch import moved
 from kdcli.errors import DataError
 from kdcli.mentors.bank_files import WITHOUT, hold, read_facts, record_of
 

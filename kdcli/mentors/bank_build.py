@@ -14,11 +14,13 @@ from kdcli.mentors import bank_files
 from kdcli.mentors.bank import Bank
 from kdcli.mentors.bank_files import WITHOUT
 from kdcli.mentors.bank_format import MOST_CLASSES
-from kdcli.mentors.classroom import NOTHING, Classroom, Member
+from kdcli.mentors.classroom import Classroom
 from kdcli.mentors.mentors import Mentors
+from kdcli.models.member import NOTHING, Member
 from kdcli.recipe import Recipe
 from kdcli.system import device as devices
 from kdcli.system.interrupts import Signals, Stop
+from kdcli.system.sizes import plain
 
 SAMPLE = 64  # answers of every bank that are asked for again before it is trusted
 SHARE = {"fp32": 0.02, "fp16": 0.1, "bf16": 0.25}  # of the logits' spread: what other kernels change at a precision
@@ -58,12 +60,12 @@ def identity(member: Member, data: DataSet, precision: str, recipe: Recipe) -> d
         "left_out": _sha("\n".join(sorted(data.skipped))) if data.skipped else None,
         "samples": len(index),
         "which": _sha(index.numpy().astype("<i8").tobytes()),
-        "image_size": data.image_size,
+        "image_size": plain(data.image_size),
         "augment": data.augment,
         "views": data.views,
         "mean": list(member.mean),
         "std": list(member.std),
-        "input_size": member.input_size,
+        "input_size": plain(member.input_size),
         "interpolation": member.interpolation,
         "class_index": None if columns is None else _sha(str(columns)),
         "classes": member.num_classes,
@@ -135,7 +137,7 @@ def check(mentors: Mentors, data: DataSet) -> None:
             continue
         index, slots = bank.names_of(rows)
         pixels = next(data.train.store.batches(index, views.named(index, slots), len(index), mentors.device))
-        out = mentors.ask_alike(pixels, [n])[0].out.cpu()
+        out = mentors.run_fixed_batch(pixels, [n])[0].out.cpu()
         alike = bank.record.alike(bank.table[rows], out, SHARE[mentors.precision])
         if not bool(alike.all()):
             raise DataError(
@@ -193,7 +195,7 @@ def open_mentors(
     recipe: Recipe,
     *,
     needs: frozenset[str] = NOTHING,
-    plain: bool = False,
+    logits_only: bool = False,
     ahead: int = 1,
     cuda_graph: bool = False,
 ) -> Mentors:
@@ -204,7 +206,14 @@ def open_mentors(
     if config.bank and config.bank_pooled:
         needs |= {"pooled"}
     mentors = Mentors(
-        classroom.mentors, precision, device, banks=found, needs=needs, plain=plain, ahead=ahead, cuda_graph=cuda_graph
+        classroom.mentors,
+        precision,
+        device,
+        banks=found,
+        needs=needs,
+        logits_only=logits_only,
+        ahead=ahead,
+        cuda_graph=cuda_graph,
     )
     check(mentors, classroom.data)
     return mentors

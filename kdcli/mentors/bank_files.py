@@ -59,7 +59,7 @@ def make(identity: dict[str, Any], **about: str) -> Path:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     facts = {"identity": identity, **about, "bytes": size, "created": datetime.now(UTC).isoformat(timespec="seconds")}
     checks = 4 * identity["samples"] * identity["views"]
-    _sweep()
+    _remove_stale()
     try:
         temporary.mkdir(parents=True)
         lock = hold(temporary)
@@ -145,7 +145,7 @@ def in_use(path: Path) -> bool:
     return False
 
 
-def _sweep() -> None:
+def _remove_stale() -> None:
     """Remove what a process that was killed while it made a bank has left."""
     for path in folder().glob(".*.tmp"):
         with contextlib.suppress(OSError):

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
+from torch.utils._pytree import tree_map
 
-from kdcli.mentors.classroom import NOTHING, READ, Member
-from kdcli.methods.base import View
+from kdcli.models.member import FEATURES, NOTHING, Member
+from kdcli.models.outputs import Output
 from kdcli.system.device import dtype_of
 
 PROBES = 8  # images that a quick form is compared on; oneDNN computes fewer than five in another order
@@ -21,7 +22,7 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3}  # of the largest logit: fa
 class Frozen:
     """A copy of a mentor's network that answers faster; the mentor itself is left alone but for being frozen.
 
-    Called with pixels in [0, 1] it gives its View in float32: logits, and what `needs` asks beside them.
+    Called with images in [0, 1] it gives its Output in float32: logits, and what `needs` asks beside them.
 
     Batch norms are folded into the convolutions before them wherever torch.fx can follow the network, weights lie with
     channels last, in `precision`. Answers agree with the mentor's own up to rounding, which is checked here.
@@ -33,7 +34,7 @@ class Frozen:
         self.member = member.requires_grad_(False).eval()
         self.precision, self.device, self.dtype = precision, device, dtype_of(precision)
         self.folded = False
-        net, self.needs = copy.deepcopy(member.net), needs & READ
+        net, self.needs = copy.deepcopy(member.net), needs & FEATURES
         quick = None if self.needs else _folded(net)  # folded, it need not have the layers that are to be read
         if quick is not None and self._agrees(quick, net):
             net, self.folded = quick, True
@@ -44,20 +45,18 @@ class Frozen:
         self.compiled: nn.Module | None = None
         self.shape: torch.Size | None = None
 
-    def __call__(self, pixels: Float[Tensor, "B 3 H W"]) -> View:
+    def __call__(self, images: Float[Tensor, "B 3 H W"]) -> Output:
         if self.twin is None:
-            return self._logits(pixels)
+            return Output(self._logits(images).clone())  # a copy from outside inference mode, which a loss can save
         with torch.no_grad():  # not inference mode, whose tensors no loss could save
-            view = self.twin.see(pixels, self.needs)
-            pooled = view.vectors if view.pooled is not None else None
-            return View(view.out.float(), pooled, view.stages if view.maps is not None else None)
+            return tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, self.twin.see(images, self.needs))
 
     @torch.inference_mode()
-    def _logits(self, pixels: Float[Tensor, "B 3 H W"]) -> View:
-        x = self.member.read(pixels).to(self.dtype, memory_format=torch.channels_last)
+    def _logits(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+        x = self.member.read(images).to(self.dtype, memory_format=torch.channels_last)
         net = self.compiled if self.compiled is not None and x.shape == self.shape else self.net
         out = net(x).float()
-        return View(out if self.member.class_index is None else out.index_select(-1, self.member.class_index))
+        return out if self.member.class_index is None else out.index_select(-1, self.member.class_index)
 
     def compile(self, batch_size: int) -> str:
         """Compile for batches of this size alone; other sizes go the old way. Returns why not, or nothing.
@@ -66,8 +65,9 @@ class Frozen:
         """
         if self.twin is not None:
             return "more than its logits is read"
-        size = self.member.input_size
-        probe = _probe((batch_size, 3, size, size), self.device).to(self.dtype, memory_format=torch.channels_last)
+        probe = _probe((batch_size, 3, *self.member.input_size), self.device).to(
+            self.dtype, memory_format=torch.channels_last
+        )
         try:
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -82,8 +82,7 @@ class Frozen:
 
     @torch.inference_mode()
     def _agrees(self, quick: nn.Module, net: nn.Module) -> bool:
-        size = self.member.input_size
-        probe = _probe((PROBES, 3, size, size), self.device)
+        probe = _probe((PROBES, 3, *self.member.input_size), self.device)
         try:
             return _near(quick(probe), net(probe), TOLERANCE["fp32"])
         except Exception:  # followed at the wrong shape

@@ -8,7 +8,8 @@ from pydantic import ConfigDict, ValidationError, create_model
 from torch import nn
 
 from kdcli.errors import KdcliError, RecipeError, did_you_mean
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
+from kdcli.methods.base import ANY, Lesson, Method, Need, Phase, SetupContext, Temperature, Terms
+from kdcli.models.outputs import Output
 from kdcli.system import user_code
 
 METHODS = {
@@ -52,11 +53,8 @@ METHODS = {
     "shake": "kdcli.methods.shake:SHAKE",
 }
 
-FEATURES = {"fitnets", "at", "sp", "nst", "vid", "smkd", "pkt", "rkd", "crd", "ft", "ab", "simkd"}
-"""Methods that hear nothing of their mentors' logits."""
-
 __all__ = [
-    "METHODS", "Lesson", "Method", "Phase", "Room", "Temperature", "Terms", "View",
+    "ANY", "METHODS", "Lesson", "Method", "Need", "Output", "Phase", "SetupContext", "Temperature", "Terms",
     "build", "find", "in_force", "options",
 ]  # fmt: skip
 
@@ -116,7 +114,7 @@ def _around(method: Method, name: str, given: Any, where: str) -> Method:
         )
     if name == "tekap":
         raise RecipeError(f"{where}: method tekap is that already", hint="Leave it out.")
-    if name in FEATURES:
+    if not method.reads_logits:
         raise RecipeError(
             f"{where}: it adds noise to mentors' logits, and method {name} learns from features alone",
             hint='Leave it out; TeKAP\'s own feature form is name = "tekap", parts = "features".',

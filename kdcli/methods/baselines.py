@@ -8,6 +8,8 @@ from kdcli.methods.base import Lesson, Method, Phase, Temperature, Terms
 class NoKD(Method):
     """No teacher at all: cross-entropy with the labels. The control of every comparison."""
 
+    symmetric = True
+
     teachers = 0
 
     def __init__(self) -> None:
@@ -23,6 +25,8 @@ class KD(Method):
     Hinton et al. 2015 (arXiv 1503.02531). Weights and temperature are the CIFAR recipe's (papers.md section 5):
     0.1 cross-entropy, 0.9 distillation, temperature 4.
     """
+
+    symmetric = True
 
     def __init__(self, tau: Temperature = 4.0, alpha: float = 0.1, beta: float = 0.9) -> None:
         super().__init__()
@@ -42,6 +46,8 @@ class Aver(Method):
     The published figures came from code whose temperature was 1 whatever its `tau` (papers.md section 2.1): set
     `tau = 1` to mimic them. `form = "mean"` is the AVER of CA-MKD and AE-KD (with tau 4).
     """
+
+    symmetric = True
 
     def __init__(self, tau: Temperature = 4.0, form: Literal["sum", "mean"] = "sum") -> None:
         super().__init__()

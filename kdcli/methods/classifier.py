@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.classifier import ofa_loss
-from kdcli.mentors.classroom import Member
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
-from kdcli.methods.pairing import fit, last, stages
+from kdcli.methods.base import Lesson, Method, Phase, SetupContext, Temperature, Terms, Weight
+from kdcli.methods.pairing import last, stages
 from kdcli.models.graduates import Graduate, Spec
+from kdcli.models.layers import fit
+from kdcli.models.member import Member
 
 NEAR = 0.05  # of the largest number: how far a pooled map may be from the classifier's input, for precision's sake
 TOKEN_GRID, TOKEN_HEADS = 7, 4
@@ -36,18 +37,18 @@ class SRRL(Method):
         super().__init__()
         self.ce_weight, self.kd_weight, self.outer_weight, self.tau = ce_weight, kd_weight, outer_weight, tau
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
-        assert room.teacher is not None
-        room.teacher.check_head()
+        assert context.teacher is not None
+        context.teacher.check_head()
         cin, cout = lesson.student.vectors.shape[1], lesson.teacher.vectors.shape[1]
         self.connector = nn.Sequential(nn.Linear(cin, cout, bias=False), nn.BatchNorm1d(cout), nn.ReLU())
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         out, teacher = lesson.student.out.float(), lesson.teacher
-        assert self.room.teacher is not None
+        assert self.context.teacher is not None
         vectors = self.connector(lesson.student.vectors)
-        answered = self.room.teacher.classify(vectors)  # by the teacher, from the student's vectors
+        answered = self.context.teacher.classify(vectors)  # by the teacher, from the student's vectors
         return {
             "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
             "teacher": self.kd_weight * lesson.task.soft(out, teacher.out, self.tau).mean(),
@@ -64,6 +65,8 @@ class SimKD(Method):
     projector, pooling, the teacher's frozen classifier. So its logits here are the ones that are scored and shipped.
     """
 
+    reads_logits = False
+
     needs = frozenset({"maps", "pooled", "pairs"})
 
     def __init__(
@@ -78,9 +81,9 @@ class SimKD(Method):
         self.outer_weight, self.ce_weight, self.kd_weight = outer_weight, ce_weight, kd_weight
         self.tau, self.factor = tau, factor
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
-        self.two_maps = borrow(room, lesson, self.factor)
+        self.two_maps = borrow(context, lesson, self.factor)
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         out, teacher = lesson.student.out.float(), lesson.teacher
@@ -97,12 +100,12 @@ TwoMaps = Callable[[Lesson], tuple[Float[Tensor, "B D h w"], Float[Tensor, "B D 
 """A lesson's last maps, the student's and the teacher's, of one shape."""
 
 
-def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
-    """Make the room's student the graduate that ends in its teacher's classifier; gives what reads their last maps.
+def borrow(context: SetupContext, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
+    """Make the context's student the graduate that ends in its teacher's classifier; gives what reads their last maps.
 
     Raises RecipeError where the classifier is not given the pooled last map, so that no projector could feed it.
     """
-    teacher, student = room.teacher, room.student
+    teacher, student = context.teacher, context.student
     assert teacher is not None
     if isinstance(student.net, Graduate):
         raise RecipeError(
@@ -117,7 +120,7 @@ def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
         graduate.classifier.weight.copy_(weight)
         if bias is not None:
             graduate.classifier.bias.copy_(bias)
-    student.net = graduate.to(room.device)
+    student.net = graduate.to(context.device)
     student.forget()
 
     def two_maps(lesson: Lesson) -> tuple[Tensor, Tensor]:
@@ -181,6 +184,8 @@ class OFA(Method):
     stages: which of the student's stages, from 1; all when empty.
     """
 
+    tasks = frozenset({"classify"})
+
     needs = frozenset({"maps", "pooled", "hard_target", "pairs"})
 
     def __init__(
@@ -197,22 +202,22 @@ class OFA(Method):
         self.gt, self.kd, self.ofa, self.eps, self.tau = gt, kd, ofa, eps, tau
         self.kind, self.stages = student, list(stages)
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         maps = list(stages(lesson.student).items())
         n = len(maps)
         self.stages = self.stages or list(range(1, n + 1))
         if bad := [k for k in self.stages if not 1 <= k <= n]:
             raise RecipeError(
-                f"method.stages: {room.student.name} has no stage {bad[0]}",
+                f"method.stages: {context.student.name} has no stage {bad[0]}",
                 hint=f"It has {', '.join(f'{k}: {name}' for k, (name, _) in enumerate(maps, 1))}.",
             )
-        tokens = _attends(room.student.net) if self.kind == "auto" else self.kind == "token"
+        tokens = _attends(context.student.net) if self.kind == "auto" else self.kind == "token"
         ours, theirs = lesson.student.vectors.shape[1], lesson.teacher.vectors.shape[1]
         make = _token_projector if tokens else _cnn_projector
         width = ours if tokens else max(ours, theirs)
         self.projectors = nn.ModuleDict({
-            maps[k - 1][0]: make(maps[k - 1][1], width, n - k, room.task.num_classes) for k in sorted(set(self.stages))
+            maps[k - 1][0]: make(maps[k - 1][1], width, n - k, context.task.num_classes) for k in sorted(set(self.stages))
         })  # fmt: skip
         self.projectors.apply(_initialise)
 

@@ -1,12 +1,12 @@
 """ClassroomKD: mentors are ranked on what they get right just now, and only the better ones teach."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from kdcli import losses
 from kdcli.errors import RecipeError
-from kdcli.methods.base import Lesson, Method, Phase, Temperature, Terms
+from kdcli.methods.base import Lesson, Method, Need, Phase, Temperature, Terms
 
 
 class ClassroomKD(Method):
@@ -24,6 +24,9 @@ class ClassroomKD(Method):
     variant: `official` is what the authors' code evaluates: shares rounded to two decimals, a mentor level with the
         student is active, alpha is the student's mark (papers.md section 2.1).
     """
+
+    symmetric = True
+    cures: ClassVar[dict[Need, str]] = {Need.FULL_BATCHES: "--set method.ranking=sample"}
 
     def __init__(
         self,
@@ -49,6 +52,8 @@ class ClassroomKD(Method):
         self.ranking, self.filter, self.mentoring, self.official = ranking, filter, mentoring, variant == "official"
         self.mark_mean: Literal["geometric", "arithmetic"] = mark_mean
         self.gap: Literal["max", "mentor", "student"] = gap
+        if mentoring == "dtkd":  # which reads the largest logit of a softmax
+            self.tasks = frozenset({"classify"})
         self.alpha = alpha or ("mark" if self.official else "rank")
         # one average over the batch decides for all its samples, so micro-batches would be other batches
         self.needs = frozenset({"hard_target"} if ranking == "sample" else {"hard_target", "full_batches"})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses import crd as losses
-from kdcli.methods.base import Count, Lesson, Method, Phase, Room, Temperature, Terms, Weight
+from kdcli.methods.base import Count, Lesson, Method, Phase, SetupContext, Temperature, Terms, Weight
 from kdcli.system import device as devices
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -32,16 +32,22 @@ class Contrast(nn.Module):
     started: Tensor  # [] whether that batch was seen
 
     def __init__(
-        self, room: Room, dims: tuple[int, int], feat_dim: int, nce_k: int, temperature: float, momentum: float
+        self,
+        context: SetupContext,
+        dims: tuple[int, int],
+        feat_dim: int,
+        nce_k: int,
+        temperature: float,
+        momentum: float,
     ) -> None:
         """`dims`: lengths of the student's and the teacher's vectors.
 
         Raises RecipeError for data of one class, and where the memories would not fit.
         """
         super().__init__()
-        train = room.data.train
+        train = context.data.train
         self.n_data, self.nce_k, self.temperature, self.momentum = len(train), nce_k, temperature, momentum
-        count = torch.bincount(train.targets, minlength=room.task.num_classes)
+        count = torch.bincount(train.targets, minlength=context.task.num_classes)
         if int(count.max()) == self.n_data:
             raise RecipeError(
                 f"data: all {self.n_data} training images are of one class, and a contrast needs images of others",
@@ -49,7 +55,7 @@ class Contrast(nn.Module):
             )
         others = self.n_data - int(count[count > 0].min())
         self.draws = min(nce_k, others)  # where there are fewer than nce_k, each counts for several
-        fits_in(room, self.n_data, feat_dim, self.draws)
+        fits_in(context, self.n_data, feat_dim, self.draws)
         self.student = nn.Linear(dims[0], feat_dim)
         self.teacher = nn.Linear(dims[1], feat_dim)
         row_of = torch.full((train.full,), -1)
@@ -58,7 +64,7 @@ class Contrast(nn.Module):
         self.register_buffer("first", count.cumsum(0) - count)
         self.register_buffer("count", count)
         for side in ("student_memory", "teacher_memory"):  # directions at random, until an image is met
-            memory = torch.randn(self.n_data, feat_dim, device=room.device)
+            memory = torch.randn(self.n_data, feat_dim, device=context.device)
             self.register_buffer(side, memory.div_(torch.linalg.vector_norm(memory, dim=1, keepdim=True)))
         self.register_buffer("log_z", torch.zeros(2))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
@@ -102,18 +108,18 @@ class Contrast(nn.Module):
             memory.index_copy_(0, rows, losses.remembered(memory[rows], new, momentum=self.momentum))
 
 
-def fits_in(room: Room, n_data: int, feat_dim: int, draws: int) -> None:
+def fits_in(context: SetupContext, n_data: int, feat_dim: int, draws: int) -> None:
     """Refuse memories, and a batch's scores against them, that are larger than what is free. Allocates nothing.
 
     Raises RecipeError.
     """
-    batch = room.train.batch_size
+    batch = context.train.batch_size
     memories, scores = 8 * n_data * feat_dim, 4 * batch * (n_data + 32 * draws)
-    free = devices.free_memory(room.device)
+    free = devices.free_memory(context.device)
     if free is not None and memories + scores > free:
         raise RecipeError(
             f"method.feat_dim: memories of {n_data} images' vectors of {feat_dim} numbers, of both networks, take "
-            f"{_gib(memories)} and a batch's scores {_gib(scores)}; {_gib(free)} are free on {room.device}",
+            f"{_gib(memories)} and a batch's scores {_gib(scores)}; {_gib(free)} are free on {context.device}",
             hint=f"A smaller --set method.feat_dim (now {feat_dim}), method.nce_k ({draws}) or train.batch_size "
             f"({batch}), or fewer images: --set data.per_class.",
         )
@@ -133,6 +139,10 @@ class CRD(Method):
     twice; where there are no nce_k images of other classes all of them are used and weighed up to that number.
     """
 
+    tasks = frozenset({"classify"})
+
+    reads_logits = False
+
     needs = frozenset({"pooled", "index", "hard_target", "full_batches"})
 
     def __init__(
@@ -149,10 +159,10 @@ class CRD(Method):
         self.ce_weight, self.outer_weight = ce_weight, outer_weight
         self.met: tuple[Tensor, Tensor]  # the batch's embeddings, from `loss` to `after`
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         dims = (lesson.student.vectors.shape[1], lesson.teacher.vectors.shape[1])
-        self.contrast = Contrast(room, dims, self.feat_dim, self.nce_k, self.temperature, self.momentum)
+        self.contrast = Contrast(context, dims, self.feat_dim, self.nce_k, self.temperature, self.momentum)
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         a, b = self.contrast.embed(lesson.student.vectors, lesson.teacher.vectors)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from kdcli.errors import RecipeError
 from kdcli.losses import disk, log_mark
 from kdcli.losses.disk import TeacherTarget
-from kdcli.methods.base import Count, Lesson, Method, Phase, Room, Share, Temperature, Terms, View, Weight
+from kdcli.methods.base import Count, Lesson, Method, Phase, SetupContext, Share, Temperature, Terms, Weight
 from kdcli.methods.classifier import borrow
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig
 
 Positive = Annotated[float, Field(gt=0)]
@@ -41,6 +42,8 @@ class DiSK(Method):
         its target, max_ce = 5, budget against the teacher's class, a term log(1 + K g), lambda without a special last
         period, five guide epochs first. Its guide network, which reads the last map, is not rebuilt.
     """
+
+    tasks = frozenset({"classify"})
 
     lambda_: Tensor
     delta: Tensor
@@ -103,11 +106,11 @@ class DiSK(Method):
         self.register_buffer("student_tau", torch.tensor(tau_s if isinstance(tau_s, float) else tau))
         self.plan: list[tuple[str, int, bool]] = []  # of every epoch: its phase, its round, whether the round begins
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         if self.decay is not None:
-            self.average = room.seat(0, None)
-            self.average.load_state_dict(room.student.state_dict())
+            self.average = context.new_student(0, None)
+            self.average.load_state_dict(context.student.state_dict())
         taught = lesson.teacher if self.decay is None else lesson.student
         width = taught.vectors.shape[1]
         self.guide = nn.Sequential(
@@ -118,10 +121,10 @@ class DiSK(Method):
         if self.distance == "features":
             self.embed = nn.Linear(lesson.student.vectors.shape[1], width)  # Psi
         elif self.distance == "simkd":
-            self.two_maps = borrow(room, lesson)
+            self.two_maps = borrow(context, lesson)
 
     def learners(self) -> dict[str, nn.Module]:
-        named: dict[str, nn.Module] = {"student": self.room.student, "guide": self.guide}
+        named: dict[str, nn.Module] = {"student": self.context.student, "guide": self.guide}
         named |= {"embed": self.embed} if self.distance == "features" else {}
         return named | ({"average": self.average} if self.decay is not None else {})
 
@@ -145,7 +148,7 @@ class DiSK(Method):
             self.plan += [("guide", r, k == 0) for k in range(alone)] + [("student", r, False)] * own
         return phases
 
-    def begin_epoch(self, epoch: int, sweep: Callable[[], Iterator[Lesson]]) -> None:
+    def begin_epoch(self, epoch: int, train_pass: Callable[[], Iterator[Lesson]]) -> None:
         name, r, begins = self.plan[epoch]
         self.moving.fill_(float(name != "guide"))
         if not begins:
@@ -159,7 +162,7 @@ class DiSK(Method):
             falling = {"period": self.budget_period, "decay": self.budget_decay}
             self.delta.fill_(disk.budget_at(r, budget_max=self.budget, budget_min=self.budget_min, **falling))
         if self.tau_s == "search" or (self.budget is None and r == 0):
-            self._measure(sweep(), r)
+            self._measure(train_pass(), r)
 
     def _measure(self, lessons: Iterator[Lesson], r: int) -> None:
         """The student's temperature, and before the first round its error, over the training set."""
@@ -176,8 +179,8 @@ class DiSK(Method):
         if self.budget is None and r == 0:
             self.delta.fill_(wrong / count)
 
-    def _teacher(self, lesson: Lesson) -> View:
-        return lesson.teacher if self.decay is None else lesson.views["average"]
+    def _teacher(self, lesson: Lesson) -> Output:
+        return lesson.teacher if self.decay is None else lesson.outputs["average"]
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         hard = lesson.task.hard(lesson.student.out, lesson.target).mean()
@@ -197,7 +200,7 @@ class DiSK(Method):
         lesson.notes["tau_s"] = self.student_tau
         return terms
 
-    def _distance(self, lesson: Lesson, teacher: View, log_g: Tensor) -> Tensor:
+    def _distance(self, lesson: Lesson, teacher: Output, log_g: Tensor) -> Tensor:
         """[B], Eq. 4 or Eq. 6."""
         if self.distance == "features":
             return self.beta * disk.guided_feature_loss(
@@ -210,7 +213,7 @@ class DiSK(Method):
         target = disk.guided_target(teacher.out, mask, tau=self.tau, form=self.teacher_target)
         return disk.guided_loss(lesson.student.out, target, mask, log_g, tau=self.tau, tau_s=self.student_tau)
 
-    def _over_budget(self, lesson: Lesson, teacher: View, g: Tensor) -> Tensor:
+    def _over_budget(self, lesson: Lesson, teacher: Output, g: Tensor) -> Tensor:
         """How far beyond its budget the guide helps, Eq. 3."""
         out = lesson.student.out
         against = teacher.out.argmax(-1) if self.budget_against == "teacher" else lesson.target
@@ -221,7 +224,7 @@ class DiSK(Method):
     def after(self, lesson: Lesson) -> None:
         if self.decay is None:
             return
-        theirs, ours = self.average.state_dict(), self.room.student.state_dict()
+        theirs, ours = self.average.state_dict(), self.context.student.state_dict()
         for name, value in theirs.items():
             if value.is_floating_point():  # a guide's update moves nothing
                 value.lerp_(ours[name].to(value.dtype), self.moving * (1 - self.decay))

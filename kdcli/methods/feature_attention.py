@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.feature_attention import semckd_loss, similarity, spatial_matching, stage_attention
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
-from kdcli.methods.pairing import conv_bn_relu, fit, last, pooled_to, stages
+from kdcli.methods.base import Lesson, Method, Phase, SetupContext, Temperature, Terms, Weight
+from kdcli.methods.pairing import last, stages
+from kdcli.models.layers import conv_bn_relu, fit, pooled_to
 
 
 class SMKD(Method):
@@ -23,6 +24,8 @@ class SMKD(Method):
     form: `official` normalises over the teacher's positions as the authors' code does, `transposed` over the student's
         as the paper's words have it.
     """
+
+    reads_logits = False
 
     needs = frozenset({"maps", "pairs"})
 
@@ -38,7 +41,7 @@ class SMKD(Method):
         self.outer_weight, self.ce_weight, self.kd_weight, self.tau = outer_weight, ce_weight, kd_weight, tau
         self.form: Literal["official", "transposed"] = form
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         cin, cout = last(lesson.student).shape[1], last(lesson.teacher).shape[1]
 
@@ -87,14 +90,14 @@ class SemCKD(Method):
         self.outer_weight, self.ce_weight, self.kd_weight, self.tau = outer_weight, ce_weight, kd_weight, tau
         self.factor, self.soft, self.detach = factor, soft, detach
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
-        self.batch = room.train.batch_size
-        if len(room.data.train) < self.batch:
+        self.batch = context.train.batch_size
+        if len(context.data.train) < self.batch:
             raise RecipeError(
                 f"train.batch_size = {self.batch}: method semckd learns from whole batches, and there are "
-                f"{len(room.data.train)} images",
-                hint=f"--set train.batch_size={len(room.data.train)}",
+                f"{len(context.data.train)} images",
+                hint=f"--set train.batch_size={len(context.data.train)}",
             )
         ours, theirs = stages(lesson.student), stages(lesson.teacher)
         width = max(self.batch // self.factor, 1)

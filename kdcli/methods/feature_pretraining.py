@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.feature_pretraining import boundary_loss, factor_loss
-from kdcli.methods.base import Epochs, Lesson, Method, Phase, Room, Temperature, Terms, Weight
-from kdcli.methods.pairing import fit, last, pair
+from kdcli.methods.base import Epochs, Lesson, Method, Phase, SetupContext, Temperature, Terms, Weight
+from kdcli.methods.pairing import last, pair
+from kdcli.models.layers import fit
 from kdcli.recipe import TrainConfig
 
 AB_SCALE = 3 / 1000  # of the published recipe
@@ -31,6 +32,8 @@ class FT(Method):
     factor: the factor's share of the teacher's channels.
     variant: `paper` compares the normalised factors, `official` (the public re-implementation) their attention maps.
     """
+
+    reads_logits = False
 
     needs = frozenset({"maps", "pairs"})
 
@@ -53,7 +56,7 @@ class FT(Method):
         self.init_epochs, self.init_lr = init_epochs, init_lr
         self.variant: Literal["paper", "official"] = variant
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         ours, theirs = last(lesson.student), last(lesson.teacher)
         if (
@@ -62,7 +65,7 @@ class FT(Method):
         ):
             raise RecipeError(
                 "method.variant: the official form compares where factors are strong, and the last maps are pooled to "
-                f"maps of one position ({room.student.name}'s is {ours.shape[2]}x{ours.shape[3]}, the teacher's "
+                f"maps of one position ({context.student.name}'s is {ours.shape[2]}x{ours.shape[3]}, the teacher's "
                 f"{theirs.shape[2]}x{theirs.shape[3]})",
                 hint='Use variant = "paper", or larger pictures (data.image_size).',
             )
@@ -78,11 +81,11 @@ class FT(Method):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         self.translator = _layers(nn.Conv2d, [(s, s), (s, k), (k, k)], norm=True)
-        residual = any(word in room.student.architecture.arch for word in ("resnet", "wrn"))
-        self.init_lr = self.init_lr or (0.01 if residual else room.train.lr)
+        residual = any(word in context.student.architecture.arch for word in ("resnet", "wrn"))
+        self.init_lr = self.init_lr or (0.01 if residual else context.train.lr)
 
     def learners(self) -> dict[str, nn.Module]:
-        return {"student": self.room.student, "paraphraser": self.paraphraser}
+        return {"student": self.context.student, "paraphraser": self.paraphraser}
 
     def phases(self, train: TrainConfig) -> list[Phase]:
         first = initial(train, self.init_epochs)
@@ -117,6 +120,8 @@ class AB(Method):
     activation (a transformer's block) gives its map.
     """
 
+    reads_logits = False
+
     needs = frozenset({"maps", "pre", "pairs"})
 
     def __init__(
@@ -131,7 +136,7 @@ class AB(Method):
         self.margin, self.ce_weight, self.kd_weight, self.tau = margin, ce_weight, kd_weight, tau
         self.init_epochs = init_epochs
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         ours, theirs = lesson.student.stages, lesson.teacher.stages
         self.pairs = [(_before(ours, s), _before(theirs, t)) for s, t in pair(ours, theirs)]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from kdcli.errors import RecipeError
 from kdcli.losses import features as losses
 from kdcli.methods import pairing
-from kdcli.methods.base import Lesson, Method, Phase, Room, Terms, Weight
+from kdcli.methods.base import Lesson, Method, Phase, SetupContext, Terms, Weight
+from kdcli.models import layers
 
 Taps = Annotated[list[str], Field(min_length=1)]
-"""The student's taps, each with the teacher's tap that `adapters.pair` gives it, or with one named: `stage2:stage3`."""
+"""The student's taps, each with the teacher's tap that `pairing.pair` gives it, or with one named: `stage2:stage3`."""
 KERNEL = 9
 """Largest kernel of a FitNets regressor: beyond, it would be nearly all of the parameters."""
 
@@ -46,6 +47,8 @@ def partners(lesson: Lesson, taps: Sequence[str] | None, option: str) -> list[tu
 class MapMethod(Method):
     """Cross-entropy, and a distance of its own summed over pairs of the student's and the teacher's maps."""
 
+    reads_logits = False
+
     needs = frozenset({"maps"})
     spatial: bool = False
     """Whether it compares positions of one map with each other, so that a single one says nothing."""
@@ -56,10 +59,10 @@ class MapMethod(Method):
         self.ce_weight, self.outer_weight = ce_weight, outer_weight
         self.matched: list[tuple[str, str]] = []
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         self.matched = partners(lesson, self.taps, self.option)
-        sizes = [pairing.fit(*maps)[0].shape[2:].numel() for maps in self.maps(lesson)]
+        sizes = [layers.fit(*maps)[0].shape[2:].numel() for maps in self.maps(lesson)]
         if self.spatial and max(sizes) == 1:
             told = ", ".join(f"{here} with {there}" for here, there in self.matched)
             raise RecipeError(
@@ -110,7 +113,7 @@ class Regressor(nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(cout), nn.ReLU())
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input if self.size is None else pairing.resized_to(input, self.size))
+        return super().forward(input if self.size is None else layers.resized_to(input, self.size))
 
 
 class FitNets(MapMethod):
@@ -126,8 +129,8 @@ class FitNets(MapMethod):
     def __init__(self, tap: str = "stage2", ce_weight: Weight = 1.0, outer_weight: Weight = 100.0) -> None:
         super().__init__([tap], ce_weight, outer_weight, "tap")
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
-        super().setup(room, lesson)
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
+        super().setup(context, lesson)
         assert lesson is not None
         self.regressor = Regressor(*self.maps(lesson)[0])
 
@@ -154,7 +157,7 @@ class AT(MapMethod):
         self.p = p
 
     def distance(self, student: Tensor, mentor: Tensor, number: int) -> Tensor:
-        return losses.attention_loss(*pairing.fit(student, mentor), p=self.p)
+        return losses.attention_loss(*layers.fit(student, mentor), p=self.p)
 
 
 class SP(MapMethod):
@@ -185,7 +188,7 @@ class NST(MapMethod):
         super().__init__(taps, ce_weight, outer_weight)
 
     def distance(self, student: Tensor, mentor: Tensor, number: int) -> Tensor:
-        return losses.selectivity_loss(*pairing.fit(student, mentor))
+        return losses.selectivity_loss(*layers.fit(student, mentor))
 
 
 class VID(MapMethod):
@@ -212,8 +215,8 @@ class VID(MapMethod):
             )
         self.init_variance, self.eps = init_variance, eps
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
-        super().setup(room, lesson)
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
+        super().setup(context, lesson)
         assert lesson is not None
         start = losses.log_scale(self.init_variance, eps=self.eps)
         self.means, self.log_scales = nn.ModuleList(), nn.ParameterList()
@@ -224,6 +227,6 @@ class VID(MapMethod):
             self.log_scales.append(nn.Parameter(start.repeat(d)))
 
     def distance(self, student: Tensor, mentor: Tensor, number: int) -> Tensor:
-        student, mentor = pairing.fit(student, mentor)
+        student, mentor = layers.fit(student, mentor)
         variance = losses.channel_variance(self.log_scales[number], eps=self.eps)
         return losses.variational_loss(self.means[number](student), mentor, variance)

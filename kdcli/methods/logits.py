@@ -17,6 +17,8 @@ class DKD(Method):
     warmup: epochs over which both grow to their full weight. ce_weight: of the labels.
     """
 
+    tasks = frozenset({"classify"})
+
     needs = frozenset({"hard_target"})
 
     def __init__(
@@ -47,6 +49,8 @@ class NKD(Method):
     gamma: weight of the non-target classes. tau: their temperature. ce_weight: of the labels.
     """
 
+    tasks = frozenset({"classify"})
+
     needs = frozenset({"hard_target"})
 
     def __init__(self, tau: Temperature = 1.0, gamma: float = 1.5, ce_weight: float = 1.0) -> None:
@@ -69,6 +73,8 @@ class DIST(Method):
     beta: weight of the correlation between classes of a sample; gamma: between samples of a class; kd_weight: of both.
     The authors' CIFAR recipe is tau 4, their ImageNet recipe tau 1. Columns run over the batch, so it needs two images.
     """
+
+    tasks = frozenset({"classify"})
 
     needs = frozenset({"full_batches", "pairs"})
 
@@ -98,6 +104,8 @@ class WSLD(Method):
 
     alpha: weight of the soft labels. The marks that weigh samples are cross-entropies without label smoothing.
     """
+
+    tasks = frozenset({"classify"})
 
     def __init__(self, tau: Temperature = 2.0, alpha: float = 2.5, ce_weight: float = 1.0) -> None:
         super().__init__()

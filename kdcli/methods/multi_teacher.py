@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.multi_teacher import confidence_weights, entropy_weights, least_norm_weights, mean_gradients
-from kdcli.mentors.classroom import Member
 from kdcli.methods import pairing
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
+from kdcli.methods.base import Lesson, Method, Phase, SetupContext, Temperature, Terms
+from kdcli.models import layers
+from kdcli.models.member import Member
+from kdcli.models.outputs import Output
 from kdcli.models.split import Rest
 
 
@@ -22,6 +24,10 @@ class EBKD(Method):
     The equation is that of the public code (papers.md section 8): the weights sum to M - 1 and the mean over teachers
     is taken, so that all teachers together weigh (M - 1) / M.
     """
+
+    tasks = frozenset({"classify"})
+
+    symmetric = True
 
     teachers = 2
 
@@ -49,6 +55,8 @@ class CAMKD(Method):
     the teacher before.
     """
 
+    tasks = frozenset({"classify"})
+
     teachers = 2
     projectors: nn.ModuleList
 
@@ -66,16 +74,15 @@ class CAMKD(Method):
         self.official = variant == "official"
         self.needs = frozenset({"maps", "pairs"} if feature else ())
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         self.projectors = nn.ModuleList()
         self.rests: list[Rest] = []
         if not self.feature:
             return
         assert lesson is not None
-        assert lesson.mentors is not None
         width = _last(lesson.student).shape[1]
-        for m, mentor in enumerate(room.mentors):
-            map_ = _last(lesson.mentors.of(m))
+        for m, mentor in enumerate(context.mentors):
+            map_ = _last(lesson.mentors[m])
             self.rests.append(_rest(mentor, map_))
             self.projectors.append(_projector(width, map_.shape[1], wide=self.wide))
 
@@ -94,11 +101,12 @@ class CAMKD(Method):
         return terms
 
     def _features(self, lesson: Lesson) -> Float[Tensor, ""]:
-        assert lesson.mentors is not None
         ours, far, probes = _last(lesson.student), [], []
-        for m, (mentor, project, rest) in enumerate(zip(self.room.mentors, self.projectors, self.rests, strict=True)):
-            theirs = _last(lesson.mentors.of(m))
-            mine = project(pairing.resized_to(ours, (theirs.shape[2], theirs.shape[3])))
+        for m, (mentor, project, rest) in enumerate(
+            zip(self.context.mentors, self.projectors, self.rests, strict=True)
+        ):
+            theirs = _last(lesson.mentors[m])
+            mine = project(layers.resized_to(ours, (theirs.shape[2], theirs.shape[3])))
             far.append((mine - theirs).square().flatten(1).mean(1))  # [B]
             probe, _, _ = rest(mine)
             probes.append(probe if mentor.class_index is None else probe.index_select(-1, mentor.class_index))
@@ -119,6 +127,10 @@ class AEKD(Method):
     C: the largest weight; 1 and more let one teacher have it all. normalise: gradients are compared at equal length.
     """
 
+    tasks = frozenset({"classify"})
+
+    symmetric = True
+
     teachers = 2
     needs = frozenset({"full_batches"})  # one mean gradient of the batch decides for all its samples
 
@@ -133,8 +145,8 @@ class AEKD(Method):
         super().__init__()
         self.tau, self.alpha, self.beta, self.C, self.normalise = tau, alpha, beta, C, normalise
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
-        m = len(room.mentors)
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
+        m = len(context.mentors)
         if self.C * m < 1:
             raise RecipeError(
                 f"method.C = {self.C}: {m} teachers of at most this weight cannot sum to 1",
@@ -153,18 +165,18 @@ class AEKD(Method):
         }
 
 
-def _last(view: View) -> Float[Tensor, "B C H W"]:
-    stages = view.stages
+def _last(output: Output) -> Float[Tensor, "B C H W"]:
+    stages = output.stages
     return stages[pairing.tap(stages, "last", "the network", "tap")]
 
 
 def _projector(cin: int, cout: int, *, wide: bool) -> nn.Module:
     """From the student's channels to a teacher's; its size is met before."""
     if not wide:
-        return pairing.conv_bn_relu(cin, cout, bias=True)
+        return layers.conv_bn_relu(cin, cout, bias=True)
     half = max(cin // 2, 1)
     return nn.Sequential(
-        pairing.conv_bn_relu(cin, half), pairing.conv_bn_relu(half, half, 3), pairing.conv_bn_relu(half, cout)
+        layers.conv_bn_relu(cin, half), layers.conv_bn_relu(half, half, 3), layers.conv_bn_relu(half, cout)
     )
 
 

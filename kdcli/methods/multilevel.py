@@ -25,6 +25,8 @@ class MLKD(Method):
     classes) of which the teacher is not surer than of their median, for its masks fall on sums already taken.
     """
 
+    tasks = frozenset({"classify"})
+
     needs = frozenset({"two_views", "full_batches"})
 
     def __init__(

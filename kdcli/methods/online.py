@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.online import attended, gated, mutual_loss, peer_loss, ramp
-from kdcli.mentors.classroom import Member
 from kdcli.methods import pairing
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms
+from kdcli.methods.base import Lesson, Method, Phase, SetupContext, Temperature, Terms
+from kdcli.models import layers
+from kdcli.models.member import Member
 from kdcli.models.split import Rest
 from kdcli.system import device as devices
 
@@ -40,6 +41,7 @@ class Cohort(Method):
     """
 
     teachers = 0
+    tasks = frozenset({"classify"})
 
     def __init__(
         self, others: int, form: str, cohort: tuple[str, ...], split: str, ramp_epochs: float, needs: frozenset[str]
@@ -57,29 +59,29 @@ class Cohort(Method):
         self.others: dict[str, Member] = {}
         self.branches, self.rests = nn.ModuleList(), []
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         specs = self.cohort or (None,) * self.count
-        seats = [room.seat(room.train.seed + APART * n, spec) for n, spec in enumerate(specs, 1)]
+        seats = [context.new_student(context.train.seed + APART * n, spec) for n, spec in enumerate(specs, 1)]
         if not self.branching:
             self.others = {f"student{n}": member for n, member in enumerate(seats, 2)}
             return
         assert lesson is not None
         stages = lesson.student.stages
         self.tap = [*stages][-2] if self.split == "auto" else pairing.tap(stages, self.split, "the student", "split")
-        self.precision, _ = devices.precision(room.train.precision, room.device, frozen=False)  # as the student's
+        self.precision, _ = devices.precision(context.train.precision, context.device, frozen=False)  # as the student's
         self.branches = nn.ModuleList(seats)
         self.rests: list[Rest] = []
         for member in seats:
             rest = Rest(member.net, member.head, member.input_size, member.name, self.tap)
-            rest.share_beginning(room.student.net)
+            rest.share_beginning(context.student.net)
             self.rests.append(rest)
 
     def learners(self) -> dict[str, nn.Module]:
-        return {"student": self.room.student, **self.others}
+        return {"student": self.context.student, **self.others}
 
     def answers(self, lesson: Lesson) -> list[Answer]:
         """Every student's, the student's own first."""
-        views = [lesson.student, *(lesson.views[name] for name in self.others)]
+        views = [lesson.student, *(lesson.outputs[name] for name in self.others)]
         found = []
         for view in views:
             stages = view.stages if "maps" in self.needs else {}
@@ -98,7 +100,7 @@ class Cohort(Method):
     def member(self, number: int) -> Member:
         """The student of that number, 0 the student itself, as a network of its own."""
         others = [*self.others.values(), *self.branches]
-        return ([self.room.student, *others])[number]  # pyright: ignore[reportReturnType]
+        return ([self.context.student, *others])[number]  # pyright: ignore[reportReturnType]
 
     def check_keep(self, keep: int) -> None:
         """Raise RecipeError unless there is a student of that number."""
@@ -144,6 +146,8 @@ class ONE(Cohort):
     that teaches each. keep: the branch that is scored and ships. ramp_epochs: over which the teaching grows; 0: none.
     """
 
+    runs_networks = True
+
     def __init__(
         self,
         branches: Many = 3,
@@ -159,8 +163,8 @@ class ONE(Cohort):
         self.tau, self.alpha, self.beta, self.keep = tau, alpha, beta, keep
         self.check_keep(keep)
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
-        super().setup(room, lesson)
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
+        super().setup(context, lesson)
         assert lesson is not None
         n, width = self.count + 1, lesson.student.stages[self.tap].shape[1]
         self.gate = nn.Sequential(nn.Linear(width, n), nn.BatchNorm1d(n), nn.ReLU(), nn.Softmax(-1))
@@ -187,6 +191,8 @@ class OKDDip(Cohort):
     key_factor: how much shorter queries and keys are than the vectors. ramp_epochs: over which the teaching grows.
     """
 
+    runs_networks = True
+
     def __init__(
         self,
         students: Annotated[int, Field(ge=3)] = 4,
@@ -201,9 +207,9 @@ class OKDDip(Cohort):
         super().__init__(students - 1, form, (), split, ramp_epochs, needs)
         self.tau, self.alpha, self.key_factor = tau, alpha, key_factor
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
-        super().setup(room, lesson)
-        width = room.student.width
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
+        super().setup(context, lesson)
+        width = context.student.width
         short = max(width // self.key_factor, 1)
         self.query, self.key = (nn.Linear(width, short, bias=False) for _ in range(2))
 
@@ -230,6 +236,8 @@ class FFL(Cohort):
     ships; the fused classifier never does. One optimiser for all: the authors decay the fusion's weights less.
     """
 
+    runs_networks = True
+
     def __init__(
         self,
         students: Many = 2,
@@ -246,12 +254,12 @@ class FFL(Cohort):
         self.tau, self.alpha, self.beta, self.keep = tau, alpha, beta, keep
         self.check_keep(keep)
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
-        super().setup(room, lesson)
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
+        super().setup(context, lesson)
         assert lesson is not None
         if not all(rest.tells_last for rest in self.rests):
             raise RecipeError(
-                f"method: the rest of {room.student.name} does not pass its last map on, so there is nothing to fuse",
+                f"method: the rest of {context.student.name} does not pass its last map on, so there is nothing to fuse",
                 hint="--set method.form=networks",
             )
         width = [*lesson.student.stages.values()][-1].shape[1]
@@ -260,7 +268,7 @@ class FFL(Cohort):
         self.fusion = nn.Sequential(
             nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU(),
             nn.Conv2d(wide, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, room.task.num_classes),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, context.task.num_classes),
         )  # fmt: skip
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
@@ -268,7 +276,7 @@ class FFL(Cohort):
         outs = torch.stack([answer.out.float() for answer in answers])
         maps = [answer.last.float() for answer in answers if answer.last is not None]
         size = (min(x.shape[2] for x in maps), min(x.shape[3] for x in maps))
-        fused = self.fusion(torch.cat([pairing.pooled_to(x, size) for x in maps], 1))
+        fused = self.fusion(torch.cat([layers.pooled_to(x, size) for x in maps], 1))
         taught = peer_loss(outs, fused.detach().expand_as(outs), tau=self.tau).mean(-1).sum()
         fusing = peer_loss(fused, outs.detach().mean(0), tau=self.tau).mean()
         share = self.beta * ramp(lesson.epoch, epochs=self.ramp_epochs)

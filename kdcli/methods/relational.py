@@ -7,6 +7,8 @@ from kdcli.methods.base import Lesson, Method, Phase, Terms, Weight
 class PKT(Method):
     """Probabilistic knowledge transfer, Passalis and Tefas 2018, arXiv 1803.10837, on pooled vectors."""
 
+    reads_logits = False
+
     needs = frozenset({"pooled", "full_batches", "pairs"})
 
     def __init__(self, ce_weight: Weight = 1.0, outer_weight: Weight = 30000.0) -> None:
@@ -27,6 +29,8 @@ class RKD(Method):
     Memory grows with the cube of the batch: the angles of 256 samples are 64 MiB of numbers, several times over;
     beyond `losses.relations.PART` numbers they are computed in parts.
     """
+
+    reads_logits = False
 
     needs = frozenset({"pooled", "full_batches", "pairs"})
 

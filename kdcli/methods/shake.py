@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.classifier import standardise
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
-from kdcli.methods.pairing import conv_bn_relu, resized_to, stages
+from kdcli.methods.base import Lesson, Method, Phase, SetupContext, Temperature, Terms, Weight
+from kdcli.methods.pairing import stages
+from kdcli.models.layers import conv_bn_relu, resized_to
 
 MAPS = 3
 
@@ -22,6 +23,8 @@ class SHAKE(Method):
     are standardised per sample and multiplied by `logit_scale`, for cross-entropy too; targets are detached. Of a
     teacher with more than three stages the three up to the last one whose width its classifier takes are read.
     """
+
+    tasks = frozenset({"classify"})
 
     needs = frozenset({"maps", "pairs"})
 
@@ -36,16 +39,16 @@ class SHAKE(Method):
         super().__init__()
         self.gamma, self.beta, self.tau, self.logit_scale, self.eps = gamma, beta, tau, logit_scale, eps
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
-        assert room.teacher is not None
-        maps, width = stages(lesson.teacher), room.teacher.width
+        assert context.teacher is not None
+        maps, width = stages(lesson.teacher), context.teacher.width
         names = list(maps)
         ends = [n for n, name in enumerate(names) if maps[name].shape[1] == width and n >= MAPS - 1]
         if not ends:
             shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape[1:]))}" for name, x in maps.items())
             raise RecipeError(
-                f"classroom.teacher: {room.teacher.name}'s classifier takes {width} numbers, and no map of its with "
+                f"classroom.teacher: {context.teacher.name}'s classifier takes {width} numbers, and no map of its with "
                 f"two before it has as many channels ({shapes})",
                 hint="Choose a teacher that ends in pooling and one linear layer (a ResNet, VGG of the zoo, RegNet).",
             )
@@ -54,14 +57,14 @@ class SHAKE(Method):
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         task, target, maps = lesson.task, lesson.target, stages(lesson.teacher)
-        assert self.room.teacher is not None
+        assert self.context.teacher is not None
         vectors = self.shadow([maps[tap].detach() for tap in self.taps])
 
         def scaled(out: Tensor) -> Tensor:
             return standardise(out, logit_scale=self.logit_scale, eps=self.eps)
 
         student, teacher = scaled(lesson.student.out), scaled(lesson.teacher.out)
-        proxy = scaled(self.room.teacher.classify(vectors))
+        proxy = scaled(self.context.teacher.classify(vectors))
         return {
             "hard": self.gamma * task.hard(student, target).mean(),
             "proxy": self.beta * task.soft(student, proxy.detach(), self.tau).mean(),

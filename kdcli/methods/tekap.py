@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdcli.losses import crd as losses
-from kdcli.methods.base import Count, Lesson, Method, Phase, Room, Share, Temperature, Terms, View, Weight
+from kdcli.methods.base import Count, Lesson, Method, Phase, SetupContext, Share, Temperature, Terms, Weight
 from kdcli.methods.baselines import KD
 from kdcli.methods.crd import Contrast, Momentum
-
-if TYPE_CHECKING:
-    from kdcli.mentors.classroom import Member
-    from kdcli.recipe import TrainConfig
+from kdcli.models.member import Member
+from kdcli.models.outputs import Output
+from kdcli.recipe import TrainConfig
 
 
 def noisy(x: Tensor, noise_weight: float, generator: torch.Generator, std: float = 1.0) -> Tensor:
@@ -46,19 +45,20 @@ class Perspectives(Method):
         self.method, self.n, self.noise_weight = method, n, noise_weight
         self.weights = (weight_original, weight_augmented) if lambda_ is None else (lambda_, 1 - lambda_)
         self.needs, self.teachers, self.capturable = method.needs, method.teachers, method.capturable
+        self.tasks = method.tasks
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
-        self.method.room = room
-        self.method.setup(room, lesson)
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
+        self.method.context = context
+        self.method.setup(context, lesson)
 
     def learners(self) -> dict[str, nn.Module]:
         return self.method.learners()
 
-    def phases(self, train: "TrainConfig") -> list[Phase]:
+    def phases(self, train: TrainConfig) -> list[Phase]:
         return self.method.phases(train)
 
-    def begin_epoch(self, epoch: int, sweep: Callable[[], Iterator[Lesson]]) -> None:
-        self.method.begin_epoch(epoch, sweep)
+    def begin_epoch(self, epoch: int, train_pass: Callable[[], Iterator[Lesson]]) -> None:
+        self.method.begin_epoch(epoch, train_pass)
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         again: list[Tensor] = []
@@ -72,19 +72,19 @@ class Perspectives(Method):
             terms["tekap"] = self.weights[1] * torch.stack(again).sum()
         return terms
 
-    def _noisy(self, mentors: View | None, generator: torch.Generator) -> View | None:
-        if mentors is None:
-            return None
-        out = noisy(mentors.out, self.noise_weight, generator)
-        strong = mentors.strong  # a neighbour in a comparison may have asked for it: no numbers are drawn for that
+    def _noisy(self, mentors: list[Output], generator: torch.Generator) -> list[Output]:
+        if not mentors:
+            return []
+        outs = noisy(torch.stack([mentor.out for mentor in mentors]), self.noise_weight, generator)
+        strong = [mentor.strong for mentor in mentors]  # another learner may need it: then no noise is drawn for it
         if "two_views" in self.needs:
-            strong = self._noisy(strong, generator)
-        return replace(mentors, out=out, strong=strong)
+            strong = self._noisy([one for one in strong if one is not None], generator)
+        return [replace(mentor, out=out, strong=s) for mentor, out, s in zip(mentors, outs, strong, strict=True)]
 
     def after(self, lesson: Lesson) -> None:
         self.method.after(lesson)
 
-    def graduate(self) -> "Member":
+    def graduate(self) -> Member:
         return self.method.graduate()
 
 
@@ -102,6 +102,8 @@ class TeKAP(Method):
         logits, 1 and 0.8 for features, 1, 1 and 0.8 for both.
     feat_dim, nce_k, temperature, momentum: CRD's.
     """
+
+    symmetric = True
 
     def __init__(
         self,
@@ -137,13 +139,14 @@ class TeKAP(Method):
         self.features = parts != "logits"
         if self.features:
             self.needs = frozenset({"pooled", "index", "hard_target", "full_batches"})
+            self.tasks = frozenset({"classify"})
             self.met: list[tuple[Tensor, Tensor]] = []  # each call's embeddings, from `loss` to `after`
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         if self.features:
             assert lesson is not None
             dims = (lesson.student.vectors.shape[1], lesson.teacher.vectors.shape[1])
-            self.contrast = Contrast(room, dims, *self.memory)
+            self.contrast = Contrast(context, dims, *self.memory)
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         if self.logits is not None:

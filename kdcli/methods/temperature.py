@@ -59,6 +59,8 @@ class DTKD(Method):
     weight. ce_weight: of the labels.
     """
 
+    tasks = frozenset({"classify"})
+
     def __init__(
         self,
         tau: Temperature = 4.0,

@@ -6,17 +6,18 @@ import tomllib
 import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
 from kdcli.errors import WeightsError
+from kdcli.models.checkpoint import digest
 from kdcli.system.files import write_atomic
 from kdcli.system.paths import home, shipped
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from kdcli.system.sizes import Size, pair
+from kdcli.tasks import TASKS, Metric
 
 RGB = tuple[float, float, float]
 
@@ -45,11 +46,12 @@ class Card(BaseModel):
     data_hash: str = ""  # content hash of the data set it learned from; empty: unknown, and never matched
     num_classes: int = Field(ge=1)
     classes: list[str] = []
-    image_size: int = Field(ge=1)  # pixels, square
+    task: str = "classify"
+    image_size: int | tuple[int, int]  # pixels; [height, width] where the two differ
     mean: RGB
     std: RGB
     interpolation: str = "bilinear"
-    top1: float | None = Field(None, ge=0, le=100)  # percent, of the data set's test images
+    score: dict[str, float] = {}  # metric -> value on the data set's test images
     sha256: str = ""  # of the weights file
     licence: str = ""
     origin: str = ""  # a run, a repository and commit, a paper
@@ -60,11 +62,37 @@ class Card(BaseModel):
     file: str | None = None  # the weights' file name, when not the card's stem + .safetensors
     path: Path | None = Field(None, exclude=True)  # where this card was read from; never written
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_form(cls, table: Any) -> Any:
+        """Cards of earlier versions have their one metric as a key of its own."""
+        if not isinstance(table, dict):
+            return table
+        known = {metric.name for task in TASKS.values() for metric in task.metrics}
+        score = {key: value for key, value in table.items() if key in known and value is not None}
+        rest = {key: value for key, value in table.items() if key not in known}
+        return {**rest, "score": {**score, **rest.get("score", {})}} if score else rest
+
+    @property
+    def input_size(self) -> Size:
+        """(height, width) of the network's input."""
+        return pair(self.image_size)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that the network's task is compared by."""
+        return TASKS[self.task].metrics[0]
+
+    @property
+    def value(self) -> float | None:
+        """Its primary metric; None: unknown."""
+        return self.score.get(self.metric.name)
+
     def line(self) -> str:
         """`cifar_resnet56 on cifar100, 72.4 %, 2026-11-20`: what is printed when these weights are chosen."""
         arch = self.architecture.removeprefix("zoo:")
         arch += f" ({self.graduate.get('kind')} graduate)" if self.graduate else ""
-        score = [] if self.top1 is None else [f"{self.top1:.4g} %"]
+        score = [] if self.value is None else [f"{self.value:.4g} {self.metric.unit}"]
         epoch = [] if self.epoch is None else [f"epoch {self.epoch}"]
         return ", ".join([f"{arch} on {self.dataset}", *score, *epoch, self.created[:10]])
 
@@ -91,7 +119,7 @@ def read_card(path: Path) -> Card:
     return card
 
 
-def save(folder: Path, stem: str, state: "dict[str, Tensor]", card: Card) -> Path:
+def save(folder: Path, stem: str, state: dict[str, Tensor], card: Card) -> Path:
     """Write `stem.safetensors` and its card `stem.toml`; each appears whole or not at all.
 
     The card's sha256 is filled in. Returns the weights' path. Raises WeightsError (exit 3)
@@ -108,10 +136,8 @@ def save(folder: Path, stem: str, state: "dict[str, Tensor]", card: Card) -> Pat
     return weights
 
 
-def add(state: "dict[str, Tensor]", card: Card) -> Card:
+def add(state: dict[str, Tensor], card: Card) -> Card:
     """Put weights into the user's zoo, where the next command finds them. Returns the card as written."""
-    from kdcli.models.weights import digest
-
     words = [card.architecture.rpartition(":")[2], card.dataset, digest(state)[:8]]
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(words))
     return read_card(save(home() / "zoo", stem, state, card).with_suffix(".toml"))

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from kdcli.errors import WeightsError
-from kdcli.losses.classifier import head_logits
-from kdcli.methods.pairing import conv_bn_relu, pooled_to
+from kdcli.models.layers import conv_bn_relu, head_logits, pooled_to
 from kdcli.models.taps import Taps
+from kdcli.system.sizes import Size
 
 
 class Spec(BaseModel):
@@ -43,7 +43,7 @@ class Graduate(nn.Module):
     SimKD, Chen et al. 2022 (arXiv 2203.14001). Its last map, where the student's own would be, is the projected one.
     """
 
-    def __init__(self, net: nn.Module, spec: Spec, image_size: int, name: str) -> None:
+    def __init__(self, net: nn.Module, spec: Spec, image_size: Size, name: str) -> None:
         super().__init__()
         self.spec = spec
         self.net, self.taps = trimmed(net, image_size, name)
@@ -53,10 +53,10 @@ class Graduate(nn.Module):
         self.projector = projector(last.shape[1], spec.width, spec.factor).to(last.device)
         self.classifier = Borrowed(spec.width, spec.classes, bias=spec.bias).to(last.device)
 
-    def _maps(self, net: nn.Module, image_size: int) -> list[Tensor]:
+    def _maps(self, net: nn.Module, image_size: Size) -> list[Tensor]:
         training = net.training
         like = next(net.parameters())
-        maps = self.taps(torch.zeros(2, 3, image_size, image_size, device=like.device, dtype=like.dtype))[1]
+        maps = self.taps(torch.zeros(2, 3, *image_size, device=like.device, dtype=like.dtype))[1]
         net.train(training)
         return list(maps.values())
 
@@ -88,7 +88,7 @@ def projector(cin: int, cout: int, factor: float = 2.0) -> nn.Sequential:
     return nn.Sequential(conv_bn_relu(cin, inner), conv_bn_relu(inner, inner, 3), conv_bn_relu(inner, cout))
 
 
-def build(net: nn.Module, spec: dict[str, Any], *, image_size: int, name: str) -> Graduate:
+def build(net: nn.Module, spec: dict[str, Any], *, image_size: Size, name: str) -> Graduate:
     """The network of a card's `graduate` table around a student's `net`, to be filled with its weights.
 
     Raises WeightsError for a table that this version does not know.
@@ -103,12 +103,12 @@ def build(net: nn.Module, spec: dict[str, Any], *, image_size: int, name: str) -
         ) from None
 
 
-def told(net: nn.Module) -> dict[str, Any] | None:
-    """What a card has to say of a network beyond its architecture; None of a plain one."""
+def graduate_spec(net: nn.Module) -> dict[str, Any] | None:
+    """The Spec to store in the model card; None for a plain network."""
     return net.spec.model_dump() if isinstance(net, Graduate) else None
 
 
-def trimmed(net: nn.Module, image_size: int, name: str) -> tuple[nn.Module, Taps]:
+def trimmed(net: nn.Module, image_size: Size, name: str) -> tuple[nn.Module, Taps]:
     """The network with every layer beyond its last map replaced by an identity, and what reads its maps.
 
     What is beyond gets no gradient from the map. Where identities cannot stand in (an attention that pools), the
@@ -126,14 +126,14 @@ def trimmed(net: nn.Module, image_size: int, name: str) -> tuple[nn.Module, Taps
         return net, taps
 
 
-def _idle(net: nn.Module, taps: Taps, image_size: int) -> dict[str, nn.Module]:
+def _idle(net: nn.Module, taps: Taps, image_size: Size) -> dict[str, nn.Module]:
     """The layers whose parameters the last map does not depend on, by path."""
     training, named = net.training, dict(net.named_parameters())
     learns = {path: p.requires_grad for path, p in named.items()}
     net.eval().requires_grad_(True)
     with torch.enable_grad():
         like = next(iter(named.values()))
-        *_, last = taps(torch.zeros(2, 3, image_size, image_size, device=like.device, dtype=like.dtype))[1].values()
+        *_, last = taps(torch.zeros(2, 3, *image_size, device=like.device, dtype=like.dtype))[1].values()
         grads = torch.autograd.grad(last.sum(), list(named.values()), allow_unused=True)
     for path, p in named.items():
         p.requires_grad_(learns[path])

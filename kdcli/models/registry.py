@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcli.errors import RecipeError, WeightsError, did_you_mean, nearest
+from kdcli.system.sizes import Size, pair, plain
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +52,7 @@ class Net:
     module: "nn.Module"  # normalised pixels [B,3,S,S] -> logits [B,num_classes]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    input_size: int  # pixels, square
+    input_size: Size
     interpolation: str  # bilinear | bicubic | nearest | ...
     fixed_size: bool  # the input size cannot change (ViT, Swin)
     num_classes: int
@@ -124,7 +125,7 @@ def has_pretrained(name: ModelName) -> int | None:
     return int(cfg.num_classes) if name.source == "timm" and cfg.has_weights else None
 
 
-def facts(name: ModelName, num_classes: int | None = None, image_size: int | None = None) -> dict[str, Any]:
+def facts(name: ModelName, num_classes: int | None = None, image_size: int | Size | None = None) -> dict[str, Any]:
     """params, macs (multiply-adds of one image), input_size, num_classes, pretrained; nothing is downloaded.
 
     `image_size` (pixels) counts at that size where the architecture allows it. The network is built without memory
@@ -137,19 +138,19 @@ def facts(name: ModelName, num_classes: int | None = None, image_size: int | Non
             net = create(name, num_classes)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):  # an initialiser that reads its own weights
         net = create(name, num_classes)
-    size = net.input_size if image_size is None or net.fixed_size else image_size
+    size = net.input_size if image_size is None or net.fixed_size else pair(image_size)
     params, macs = count(net.module, size)
     return {
         "params": params,
         "macs": macs,
-        "input_size": size,
+        "input_size": plain(size),
         "num_classes": net.num_classes,
         "pretrained": has_pretrained(name) is not None,
     }
 
 
-def count(module: "nn.Module", input_size: int) -> tuple[int, int]:
-    """All parameters, and the multiply-adds of one image [1,3,S,S] in eval mode.
+def count(module: "nn.Module", input_size: Size) -> tuple[int, int]:
+    """All parameters, and the multiply-adds of one image [1,3,H,W] in eval mode.
 
     Convolutions, products and attention as torch.utils.flop_counter counts them, two operations to a multiply-add.
     `module` is not touched: a copy without memory answers.
@@ -168,7 +169,7 @@ def count(module: "nn.Module", input_size: int) -> tuple[int, int]:
 
     def flops(net: "nn.Module", device: Any) -> int:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            net.eval()(torch.zeros(1, 3, input_size, input_size, device=device))
+            net.eval()(torch.zeros(1, 3, *input_size, device=device))
         return counter.get_total_flops() // 2
 
     try:
@@ -266,7 +267,7 @@ def _timm(name: ModelName, num_classes: int | None, pretrained: bool) -> Net:
         module=module,
         mean=_three(cfg.mean),
         std=_three(cfg.std),
-        input_size=int(cfg.input_size[-1]),
+        input_size=pair(cfg.input_size[1:]),
         interpolation=cfg.interpolation,
         fixed_size=bool(cfg.fixed_input_size),
         num_classes=count,
@@ -346,7 +347,7 @@ def _torchvision(name: ModelName, num_classes: int | None, pretrained: bool) -> 
         options = {"aux_logits": False, "transform_input": False}
         mean = std = (0.5, 0.5, 0.5)
     elif name.arch.startswith("vit_"):
-        options = {"image_size": size}
+        options = {"image_size": size[0]}
     initialise = {"init_weights": True} if name.arch in ("googlenet", "inception_v3") else {}
     if pretrained:
         with _downloading(name, "TORCH_HOME"):
@@ -403,11 +404,11 @@ def _behead(trained: "nn.Module", fresh: "nn.Module", own: int, count: int) -> "
     return fresh
 
 
-def _torchvision_input(weights: Any) -> tuple[tuple[float, float, float], tuple[float, float, float], int, str]:
+def _torchvision_input(weights: Any) -> tuple[tuple[float, float, float], tuple[float, float, float], Size, str]:
     if weights is None:
-        return IMAGENET_MEAN, IMAGENET_STD, 224, "bilinear"
+        return IMAGENET_MEAN, IMAGENET_STD, (224, 224), "bilinear"
     how = weights.transforms()
-    return _three(how.mean), _three(how.std), int(how.crop_size[-1]), str(how.interpolation.value)
+    return _three(how.mean), _three(how.std), pair(int(how.crop_size[-1])), str(how.interpolation.value)
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from kdcli.errors import RecipeError
 from kdcli.models.taps import Taps
+from kdcli.system.sizes import Size
 
 
 class Rest:
@@ -21,7 +22,7 @@ class Rest:
     Raises RecipeError for a network that cannot be divided after that stage.
     """
 
-    def __init__(self, net: nn.Module, head: nn.Module, size: int, name: str, after: str) -> None:
+    def __init__(self, net: nn.Module, head: nn.Module, size: Size, name: str, after: str) -> None:
         self.net, self.what = net, f"{name} cannot be divided after {after}"
         modes = {id(module): module.training for module in net.modules()}
         path = next(path for path, module in net.named_modules() if module is head)
@@ -55,7 +56,7 @@ class Rest:
                         held[name] = given[name]  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()
-    def _find(self, net: nn.Module, size: int, name: str, after: str) -> tuple[list[str], int, int | None]:
+    def _find(self, net: nn.Module, size: Size, name: str, after: str) -> tuple[list[str], int, int | None]:
         """What the network does, step by step, and after which steps the stage and the last one are there.
 
         A step is known by its answer. In a fresh network blocks may do nothing yet, so meanwhile norms and scales are
@@ -78,7 +79,7 @@ class Rest:
         return _steps(graph), finder.found[0], finder.found[1]
 
     @torch.no_grad()
-    def _check(self, net: nn.Module, size: int, name: str, after: str) -> None:
+    def _check(self, net: nn.Module, size: Size, name: str, after: str) -> None:
         x = _probe(net, size)
         plain, (_, maps) = net(x), Taps(net, size, name)(x)
         before = maps[after].clone()
@@ -152,6 +153,6 @@ def _after(net: nn.Module, head: str, steps: list[str], cut: int, last: int | No
     return fx.GraphModule(net, graph)
 
 
-def _probe(net: nn.Module, size: int) -> Tensor:
+def _probe(net: nn.Module, size: Size) -> Tensor:
     like = next(net.parameters())
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)

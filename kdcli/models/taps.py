@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdcli.errors import WeightsError
-from kdcli.methods.base import Maps
+from kdcli.models.outputs import Maps
+from kdcli.system.sizes import Size
 
 MOST = 4  # stages
 PROBE = 128  # pixels: small enough to be quick, large enough that sizes differ where a network halves them
@@ -37,7 +38,7 @@ class Taps:
     Raises WeightsError for a network whose maps cannot be read.
     """
 
-    def __init__(self, net: nn.Module, size: int, name: str, *, pre: bool = False) -> None:
+    def __init__(self, net: nn.Module, size: Size, name: str, *, pre: bool = False) -> None:
         self.net, self.name = net, name
         self.way: _Intermediates | _Extracted
         training = net.training
@@ -62,7 +63,7 @@ class Taps:
             named |= {f"stage{n}{PRE}": x for n, x in enumerate(before, 1)}  # pyright: ignore
         return out, named
 
-    def _check(self, size: int) -> None:
+    def _check(self, size: Size) -> None:
         """What reads the maps must answer as the network does."""
         x = _probe(self.net, size)
         out, maps = self(x)
@@ -73,9 +74,9 @@ class Taps:
             raise _unreadable(self.name, "its stages are no maps")
 
 
-def _probe(net: nn.Module, size: int) -> Tensor:
+def _probe(net: nn.Module, size: Size) -> Tensor:
     like = next(net.parameters())
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
 def _unreadable(name: str, why: str) -> WeightsError:
@@ -85,7 +86,7 @@ def _unreadable(name: str, why: str) -> WeightsError:
     )
 
 
-def _way(net: nn.Module, size: int, name: str) -> "_Intermediates | _Extracted":
+def _way(net: nn.Module, size: Size, name: str) -> "_Intermediates | _Extracted":
     """How to read this network."""
     if hasattr(net, "forward_intermediates") and hasattr(net, "forward_head"):
         return _Intermediates(net, size)
@@ -109,7 +110,7 @@ def _chosen(sizes: list[tuple[int, ...]]) -> list[int]:
 class _Intermediates:
     """Through timm's interface, which the zoo's networks have too."""
 
-    def __init__(self, net: Any, size: int) -> None:
+    def __init__(self, net: Any, size: Size) -> None:
         self.net = net
         _, maps = net.forward_intermediates(_probe(net, size))
         self.indices = _chosen([tuple(x.shape[2:]) for x in maps])
@@ -122,7 +123,7 @@ class _Intermediates:
 class _Extracted:
     """Through torchvision's feature extractor: the same modules, called by a traced graph that hands out more."""
 
-    def __init__(self, net: nn.Module, size: int, name: str) -> None:
+    def __init__(self, net: nn.Module, size: Size, name: str) -> None:
         from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
         from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -138,7 +139,7 @@ class _Extracted:
         else:
             blocks = _blocks(net, [node for node in evaluating if node in set(training)])
             every = create_feature_extractor(net, blocks, suppress_diff_warning=True).eval()
-            nodes = _last_of_each_size(every(_probe(net, max(size, PROBE))))
+            nodes = _last_of_each_size(every(_probe(net, (max(size[0], PROBE), max(size[1], PROBE)))))
         if not nodes:
             raise _unreadable(name, "it has none")
         self.nodes, self.net = nodes, net
@@ -181,7 +182,7 @@ def _last_of_each_size(found: dict[str, Any]) -> list[str]:
 class _Inputs:
     """What the stages' last activations are given, kept while a pass is under way, for each thread by itself."""
 
-    def __init__(self, taps: Taps, net: nn.Module, size: int) -> None:
+    def __init__(self, taps: Taps, net: nn.Module, size: Size) -> None:
         self.kept: dict[int, dict[int, list[Tensor]]] = {}  # thread -> activation -> its inputs, call by call
         self.ends: list[tuple[int, int] | None] = []  # of each stage: which activation ended it, and at which call
         given: list[tuple[int, int, Tensor]] = []

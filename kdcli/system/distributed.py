@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
@@ -22,9 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdcli.errors import KdcliError, RecipeError
 
-if TYPE_CHECKING:
-    from kdcli.data import Batch
-
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # a rank that is silent for longer is given up; one that died is noticed at once
 
@@ -32,7 +29,7 @@ PATIENCE = timedelta(minutes=30)  # a rank that is silent for longer is given up
 # --- who is here ------------------------------------------------------------------------------------------------------
 
 
-def expected() -> int:
+def expected_ranks() -> int:
     """How many ranks the environment speaks of (torchrun's, or `launch`'s); 1 for a process of its own."""
     known = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     return int(os.environ.get("WORLD_SIZE", "1")) if known else 1
@@ -51,21 +48,21 @@ def world() -> int:
     return 1 if alone() else td.get_world_size()
 
 
-def neighbours() -> int:
+def local_ranks() -> int:
     """How many ranks share this machine's cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if expected() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if expected_ranks() > 1 else 1
 
 
-def attempt() -> int:
+def restarts() -> int:
     """How often these ranks were started again because one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if expected() > 1 else 0
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if expected_ranks() > 1 else 0
 
 
 def describe() -> str:
     """The ranks in words, for notes and provenance."""
     if alone():
         return "1"
-    machines = max(world() // neighbours(), 1)
+    machines = max(world() // local_ranks(), 1)
     backend = "nccl" if "nccl" in str(td.get_backend_config()) else "gloo"
     return f"{world()} on {machines} machine{'s' if machines > 1 else ''}, {backend}"
 
@@ -75,11 +72,11 @@ def join(device: torch.device, asked: int | None = None) -> torch.device:
 
     Raises RecipeError when the environment's ranks are not the `asked` ones, or one of them would have no device.
     """
-    if expected() == 1:
+    if expected_ranks() == 1:
         return device
-    if asked not in (None, expected()):
+    if asked not in (None, expected_ranks()):
         raise RecipeError(
-            f"--gpus {asked}: this process is one of {expected()} ranks already",
+            f"--gpus {asked}: this process is one of {expected_ranks()} ranks already",
             hint="Leave --gpus out: torchrun's --nproc-per-node says how many.",
         )
     if device.type == "cuda":
@@ -97,18 +94,18 @@ def join(device: torch.device, asked: int | None = None) -> torch.device:
         raise RecipeError(f"--device {device}: ranks compute on cuda or cpu", hint="--device cpu, or one process.")
     td.init_process_group(  # what is decided travels over gloo, what lies on GPUs over NCCL
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=td.PrefixStore(f"attempt-{attempt()}", store()),
+        store=td.PrefixStore(f"attempt-{restarts()}", store()),
         rank=int(os.environ["RANK"]),
-        world_size=expected(),
+        world_size=expected_ranks(),
         timeout=PATIENCE,
     )
     return device
 
 
-def part() -> None:
+def shutdown() -> None:
     """Leave the others, when all have come to the end."""
     if not alone():
-        anyone(False)
+        any_rank(False)
         td.destroy_process_group()
 
 
@@ -125,20 +122,20 @@ def store() -> "td.TCPStore":
     return td.TCPStore(host, int(port), is_master=serve, wait_for_workers=False, timeout=PATIENCE)
 
 
-def begin(path: str) -> None:
+def remember_run(path: str) -> None:
     """Remember the run that this command writes, for the ranks that are started again when one dies."""
     if not alone():
         store().set("run", path)
 
 
-def begun() -> str | None:
+def resumable_run() -> str | None:
     """The run that the ranks before these began and did not end."""
-    if alone() or attempt() == 0 or not store().check(["run"]):
+    if alone() or restarts() == 0 or not store().check(["run"]):
         return None
     return store().get("run").decode()
 
 
-def first(do: Callable[[], T]) -> T:
+def on_rank0(do: Callable[[], T]) -> T:
     """What rank 0 gets from `do`, which it alone calls; the others wait for it, or for its KdcliError."""
     if alone():
         return do()
@@ -155,21 +152,21 @@ def first(do: Callable[[], T]) -> T:
     return value
 
 
-def in_turn(do: Callable[[], T]) -> T:
+def local_rank0_first(do: Callable[[], T]) -> T:
     """What `do` returns, called by one rank of each machine before the others: what it downloads, it downloads once."""
     if alone():
         return do()
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
     if not leads:
-        anyone(False)  # waits for those who lead
+        any_rank(False)  # waits for those who lead
         return do()
     try:
         return do()
     finally:
-        anyone(False)
+        any_rank(False)
 
 
-def alike(facts: dict[str, str]) -> None:
+def check_equal(facts: dict[str, str]) -> None:
     """Raise RecipeError when ranks do not see the same recipe, data or weights: their machines hold different files."""
     if alone():
         return
@@ -183,7 +180,7 @@ def alike(facts: dict[str, str]) -> None:
             )
 
 
-def anyone(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether any rank says yes; a wait for the slowest, on the CPU, not for a device."""
     if alone():
         return flag
@@ -192,7 +189,7 @@ def anyone(flag: bool) -> bool:
     return bool(said)
 
 
-def noise() -> tuple[int, ...]:
+def seed_offset() -> tuple[int, ...]:
     """What to mix into the seed of noise that must differ between ranks: nothing on rank 0."""
     return (rank() + 2**32,) if rank() else ()
 
@@ -200,7 +197,7 @@ def noise() -> tuple[int, ...]:
 # --- one update -------------------------------------------------------------------------------------------------------
 
 
-def parallel(module: nn.Module, learns: bool) -> nn.Module:
+def data_parallel(module: nn.Module, learns: bool) -> nn.Module:
     """The module with gradients averaged over ranks, where it learns; its own names and state stay as they are."""
     if alone() or not learns:
         return module
@@ -208,13 +205,13 @@ def parallel(module: nn.Module, learns: bool) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has a new name for broadcast_buffers, 2.11 has not
         return DistributedDataParallel(
             module,
-            broadcast_buffers=False,  # `even_out` does it, once an update
+            broadcast_buffers=False,  # `sync_stats_and_grads` does it, once an update
             find_unused_parameters=True,  # also keeps the order in which gradients are summed the same after a resume
         )
 
 
 @contextlib.contextmanager
-def quiet(modules: "dict[str, nn.Module]", last: bool) -> Iterator[None]:
+def no_sync(modules: "dict[str, nn.Module]", last: bool) -> Iterator[None]:
     """No exchange of gradients but in the last of an update's micro-batches."""
     with contextlib.ExitStack() as stack:
         for module in modules.values():
@@ -223,14 +220,12 @@ def quiet(modules: "dict[str, nn.Module]", last: bool) -> Iterator[None]:
         yield
 
 
-def even_out(modules: "dict[str, nn.Module]", replicated: list[nn.Parameter], batch: "Batch") -> None:
+def sync_stats_and_grads(modules: "dict[str, nn.Module]", replicated: list[nn.Parameter], share: float) -> None:
     """After the gradients: make the same on all ranks what is not averaged with them.
 
     Running statistics of batch norms become the mean over ranks, weighed by their images. Gradients of parameters
     outside `modules` (a method's own) are full on every rank, but for rounding on devices that add in any order.
     """
-    if batch.whole is None:
-        return
     stats = [
         x
         for module in modules.values()
@@ -239,7 +234,7 @@ def even_out(modules: "dict[str, nn.Module]", replicated: list[nn.Parameter], ba
         for x in (norm.running_mean, norm.running_var)
         if x is not None
     ]
-    _sum(stats, len(batch.index) / batch.whole.size)
+    _sum(stats, share)
     _sum([p.grad for p in replicated if p.grad is not None], 1 / world())
 
 

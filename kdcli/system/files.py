@@ -99,7 +99,7 @@ def sealed(path: Path) -> bool:
         return file.read() == SEAL + digest.hexdigest().encode()
 
 
-def sweep(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Remove what a kill in the middle of `write_atomic` left behind."""
     for torn in folder.glob(".*.tmp"):
         torn.unlink(missing_ok=True)

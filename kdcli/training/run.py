@@ -18,8 +18,9 @@ from typing import Any
 from kdcli import recipe as recipes
 from kdcli.errors import InterruptedRun, RecipeError, WeightsError, did_you_mean
 from kdcli.recipe import Recipe
-from kdcli.system import lock, user_code
-from kdcli.system.files import append_line, seal, sealed, sweep, write_atomic, write_text
+from kdcli.system import distributed, lock, user_code
+from kdcli.system.files import append_line, remove_stale, seal, sealed, write_atomic, write_text
+from kdcli.tasks import TASKS, Metric
 
 ROOT = Path("runs")
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")
@@ -54,7 +55,20 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do: the score is the last thing a run writes, the table a compare's."""
-        return "top1" in self.provenance or (self.path / "compare.json").is_file()
+        facts = self.provenance  # runs of earlier versions say it by their best epoch
+        return bool(facts.get("finished", "best_epoch" in facts)) or (self.path / "compare.json").is_file()
+
+    @property
+    def metric(self) -> Metric:
+        """The primary metric of the run's task."""
+        return TASKS[self.recipe.task].metrics[0]
+
+    @property
+    def score(self) -> dict[str, float]:
+        """The shipped student's metrics on the test set; empty for a run that is not finished."""
+        facts = self.provenance
+        earlier = {self.metric.name: facts[self.metric.name]} if self.metric.name in facts else {}
+        return facts.get("score", earlier)
 
     @property
     def done(self) -> bool:
@@ -87,9 +101,9 @@ class Run:
         write_text(self.path / "provenance.json", json.dumps(facts, indent=1))
         write_text(self.path / "recipe.toml", recipe.toml())
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Put right what a kill left of a folder's beginning or of a file half written."""
-        sweep(self.path)
+        remove_stale(self.path)
         if self.begun and not (self.path / "recipe.toml").is_file():
             write_text(self.path / "recipe.toml", self.recipe.toml())
 
@@ -118,10 +132,8 @@ class Run:
 
         An interruption outside the engine's loop, which saves for itself, says how to go on.
         """
-        from kdcli.system import distributed
-
         with contextlib.ExitStack() as stack:
-            distributed.first(lambda: stack.enter_context(lock.hold(self.path)))  # one rank writes for all
+            distributed.on_rank0(lambda: stack.enter_context(lock.hold(self.path)))  # one rank writes for all
             try:
                 yield
             except KeyboardInterrupt:

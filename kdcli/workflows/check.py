@@ -16,11 +16,12 @@ from kdcli.mentors.classroom import Classroom
 from kdcli.methods import Lesson
 from kdcli.recipe import STAGE, Recipe
 from kdcli.system import device as devices
-from kdcli.tasks import Classify
+from kdcli.system.sizes import Size
+from kdcli.tasks import TASKS, Metric
 from kdcli.training.evaluate import score
 from kdcli.training.learner import Learner
-from kdcli.training.loop import Session
 from kdcli.training.run import Run
+from kdcli.training.session import Session
 from kdcli.workflows import distill, stages
 
 TRIES = 3  # dry steps of each phase
@@ -28,15 +29,15 @@ CLOSE_TO_CHANCE = 2.0  # a mentor below this many times the accuracy of guessing
 
 
 @dataclass
-class Seat:
+class ModelRow:
     """A row of the classroom's table."""
 
     role: str
     name: str
     params: int
     macs: int  # multiply-adds of one image at its own input size
-    input_size: int
-    top1: float | None  # percent on the images looked at; None for a student
+    input_size: Size
+    score: dict[str, float]  # on the images looked at; empty for a student
     origin: str
 
 
@@ -44,7 +45,8 @@ class Seat:
 class Look:
     """What `kdcli check` found."""
 
-    seats: list[Seat]
+    rows: list[ModelRow]
+    metric: Metric  # what mentors are scored by
     words: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0  # what the epochs would take here, scoring not counted
@@ -60,7 +62,7 @@ def look(recipe: Recipe, device: torch.device, images: int) -> Look:
     Stages come first, each with untrained networks in the place of what earlier ones will have trained.
     """
     whole, words, seconds = stages.plan(recipe), [], 0.0
-    for name, part, classroom in stages.rehearse(whole, distill.data_of(recipe, device), device):
+    for name, part, classroom in stages.dry_run(whole, distill.data_of(recipe, device), device):
         if not name:
             found = _look(part, whole.last, classroom, images)
             return replace(found, words=[*words, *found.words], seconds=seconds + found.seconds)
@@ -81,8 +83,9 @@ def _look(recipe: Recipe, named: Recipe, classroom: Classroom, images: int) -> L
     later = [(spec or "").startswith(STAGE) for spec in (named.classroom.teacher, *named.classroom.peers)]
     student = classroom.student(recipe.train.seed)
     params, macs = student.count()
-    seats = [Seat("student", student.name, params, macs, student.input_size, None, student.origin or "from scratch")]
-    found = Look(seats, notes=classroom.notes)
+    rows = [ModelRow("student", student.name, params, macs, student.input_size, {}, student.origin or "from scratch")]
+    task = TASKS[recipe.task](len(data.classes))
+    found = Look(rows, task.metrics[0], notes=classroom.notes)
     for member in (student, *classroom.mentors):
         try:
             found.taps[member.name] = member.taps()
@@ -94,21 +97,20 @@ def _look(recipe: Recipe, named: Recipe, classroom: Classroom, images: int) -> L
         params, macs = mentor.count()
         role = "teacher" if n == 0 else "peer"
         if later[n]:
-            seats.append(Seat(role, mentor.name, params, macs, mentor.input_size, None, "trained first, in a stage"))
+            rows.append(ModelRow(role, mentor.name, params, macs, mentor.input_size, {}, "trained first, in a stage"))
             continue
-        top1 = score(mentor, test, device).top1
-        seats.append(Seat(role, mentor.name, params, macs, mentor.input_size, top1, mentor.origin))
-        chance = Classify(len(data.classes)).chance
-        if top1 < CLOSE_TO_CHANCE * chance:
+        found_score = score(mentor, test, task, device)
+        rows.append(ModelRow(role, mentor.name, params, macs, mentor.input_size, dict(found_score), mentor.origin))
+        if found_score.value < CLOSE_TO_CHANCE * task.chance:
             found.warnings.append(
-                f"{mentor.name} scores {top1:.2f} %, guessing {chance:.2f} %: its classes, its normalisation or its "
+                f"{mentor.name} scores {found_score.value:.2f} {task.metrics[0].unit}, guessing {task.chance:.2f} {task.metrics[0].unit}: its classes, its normalisation or its "
                 "weights do not fit this data."
             )
     if classroom.mentors:
-        sizes = [seat.params for seat in seats[1:]]
+        sizes = [row.params for row in rows[1:]]
         found.words.append(
             f"mentors' parameters: (n+1)t {len(sizes) * sizes[0] / 1e6:.2f} M, 1t+np {sum(sizes) / 1e6:.2f} M; "
-            f"student {seats[0].params / 1e6:.2f} M (as ClassroomKD Table 7)"
+            f"student {rows[0].params / 1e6:.2f} M (as ClassroomKD Table 7)"
         )
         found.words.append(f"mentors scored on {len(test)} of {len(data.test)} test images")
     if recipe.classroom.bank and classroom.mentors:
@@ -150,7 +152,7 @@ def _dry_steps(recipe: Recipe, classroom: Classroom) -> Cost:
         for phase in learner.phases:
             epochs, update = found.get(phase.name, (0, 0.0))
             if not epochs and phase.epochs:
-                learner.begin_epoch(start, lambda one: _glimpse(session, one))
+                learner.begin_epoch(start, lambda: _glimpse(session, learner))
                 update = _timed(session, start)
             found[phase.name], start = (epochs + phase.epochs, update), start + phase.epochs
         return Cost(found, len(session.stream))
@@ -161,7 +163,7 @@ def _timed(session: Session, epoch: int) -> float:
     learner, times = session.learners[0], []
     for number, batch in enumerate(itertools.islice(session.stream.epoch(epoch), TRIES)):
         began = time.perf_counter()
-        learner.step(batch, session.mentors.answer(batch), epoch, number, number)
+        learner.step(batch, session.mentors.answer(batch).of(learner.needs), epoch, number, number)
         learner.check()  # waits for the device, so the clock is true
         times.append(time.perf_counter() - began)
     return min(times)
@@ -170,7 +172,7 @@ def _timed(session: Session, epoch: int) -> float:
 def _glimpse(session: Session, learner: Learner) -> Iterator[Lesson]:
     """A batch of a method's look through the training set."""
     batch = next(session.data.train.plain(session.config.batch_size, session.stream.device))
-    yield learner.lesson(batch, session.mentors.answer(batch), 0.0, 0)
+    yield learner.lesson(batch, session.mentors.answer(batch).of(learner.needs), 0.0, 0)
 
 
 def _bank_words(recipe: Recipe, classroom: Classroom, device: torch.device) -> str:

@@ -16,9 +16,10 @@ from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.mentors.classroom import Classroom
 from kdcli.recipe import STAGE, Recipe, staged as stages_of
 from kdcli.system import distributed, files, user_code
+from kdcli.tasks import TASKS, Metric
 from kdcli.training import run as runs
-from kdcli.training.loop import Event, Session
 from kdcli.training.run import Run
+from kdcli.training.session import Event, Session
 from kdcli.workflows import distill, stages
 from kdcli.workflows.stages import Follow
 
@@ -31,7 +32,7 @@ class Line:
 
     method: str
     seeds: list[int]
-    top1: list[float]  # each seed's, of what would be shipped
+    values: list[float]  # each seed's primary metric, of what would be shipped
     best: list[float]
     mean: float
     spread: float | None  # standard deviation over seeds; None for one seed
@@ -48,6 +49,7 @@ class Comparison:
     """What a compare found."""
 
     lines: list[Line]
+    metric: Metric
     runs: dict[str, str] = field(default_factory=dict)  # learner -> folder
     source: str = ""  # of the published figures
     epoch: str = ""  # which epoch they report
@@ -56,7 +58,12 @@ class Comparison:
         return next(line for line in self.lines if line.method == method)
 
     def json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(self.table(), indent=1)
+
+    def table(self) -> dict[str, Any]:
+        """As plain data; each line's values also under the metric's name."""
+        lines = [{**asdict(line), self.metric.name: line.values} for line in self.lines]
+        return {**asdict(self), "lines": lines}
 
 
 def learners(recipe: Recipe, methods: list[str], seeds: list[int]) -> dict[str, Recipe]:
@@ -139,7 +146,7 @@ def _lay_out(
         "independent": independent,
         "stands_for": f"{method}-{seeds[0]}",  # wherever one run is wanted: never the best seed, but the first
     }
-    distributed.first(lambda: run.start(recipe, runs.provenance("compare", recipe, **facts)))
+    distributed.on_rank0(lambda: run.start(recipe, runs.provenance("compare", recipe, **facts)))
 
 
 def _lay_out_learners(session: Session, classroom: Classroom) -> None:
@@ -152,7 +159,7 @@ def _lay_out_learners(session: Session, classroom: Classroom) -> None:
             if not folder.begun:
                 folder.start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
 
-    distributed.first(lay_out)
+    distributed.on_rank0(lay_out)
 
 
 def again(run: Run) -> list[str]:
@@ -167,7 +174,7 @@ def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     if resume:  # it may have been killed between one folder and the next
         _lay_out_learners(session, session.learners[0].classroom)
     yield from distill.go(session, resume=resume)
-    distributed.first(lambda: _write(session.run))
+    distributed.on_rank0(lambda: _write(session.run))
 
 
 def through(run: Run, recipe: Recipe, methods: list[str], seeds: list[int]) -> bool:
@@ -182,7 +189,7 @@ def staged(
     _, later = parted(learners(recipe, methods, seeds))
     for name, one in later.items():
         folder = Run(run.path / name)
-        if distributed.first(lambda folder=folder: folder.done):
+        if distributed.on_rank0(lambda folder=folder: folder.done):
             continue
 
         def named(classroom: Classroom, events: Iterator[Event], label: str, name: str = name) -> None:
@@ -193,7 +200,7 @@ def staged(
         except InterruptedRun as stopped:
             raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
     if later:
-        distributed.first(lambda: _write(run))
+        distributed.on_rank0(lambda: _write(run))
 
 
 def independent(
@@ -213,11 +220,11 @@ def independent(
         session = open_session(user_code, methods, [seed], classroom, Run(run.path / f".seed-{seed}"))
         session.runs = {learner.name: Run(run.path / learner.name) for learner in session.learners}
         if n == 0 and resume:
-            distributed.first(run.mend)
+            distributed.on_rank0(run.repair)
             distill.same_room(run, classroom)
         elif n == 0:
             _lay_out(run, classroom, recipe, methods, seeds, independent=True)
-        done, going_on = distributed.first(lambda session=session: _stands(session))
+        done, going_on = distributed.on_rank0(lambda session=session: _stands(session))
         if done:
             continue  # this seed was through before the compare was stopped
         _lay_out_learners(session, classroom)
@@ -225,11 +232,11 @@ def independent(
             follow(classroom, distill.go(session, resume=going_on), f"seed {seed}: {len(session.learners)} students")
         except InterruptedRun as stopped:
             raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
-        distributed.first(session.run.remove)
+        distributed.on_rank0(session.run.remove)
     for seed in seeds:
         staged(recipe.with_(**{"data.seed": seed}), methods, [seed], device, run, follow)
-    distributed.first(lambda: _write(run))
-    return distributed.first(lambda: summarise(run))
+    distributed.on_rank0(lambda: _write(run))
+    return distributed.on_rank0(lambda: summarise(run))
 
 
 def _stands(session: Session) -> tuple[bool, bool]:
@@ -255,27 +262,28 @@ def summarise(run: Run) -> Comparison:
     """The table of a finished compare, from its learners' folders."""
     facts, expect = run.provenance, run.recipe.expect
     seeds, lines, folders = facts["train_seeds"], [], {}
+    metric = TASKS[run.recipe.task].metrics[0]
     control: list[float] = []
     for method in facts["methods"]:
         results = [distill.result(f"{method}-{seed}", Run(run.path / f"{method}-{seed}")) for seed in seeds]
         folders |= {one.name: str(one.run.path) for one in results}
-        top1 = [one.top1 for one in results]
-        control = control or top1
-        line = _line(method, seeds, top1, [one.best for one in results], control)
-        if expect:
-            line.published = expect.top1.get(method)
-            if line.published is not None and CONTROL in expect.top1 and method != CONTROL:
-                line.published_gain = round(line.published - expect.top1[CONTROL], 4)
+        values = [one.value for one in results]
+        control = control or values
+        line = _line(method, seeds, values, [one.best for one in results], control)
+        published = expect.of(metric.name) if expect else {}
+        line.published = published.get(method)
+        if line.published is not None and CONTROL in published and method != CONTROL:
+            line.published_gain = round(line.published - published[CONTROL], 4)
         lines.append(line)
-    return Comparison(lines, folders, expect.source if expect else "", expect.epoch if expect else "")
+    return Comparison(lines, metric, folders, expect.source if expect else "", expect.epoch if expect else "")
 
 
-def _line(method: str, seeds: list[int], top1: list[float], best: list[float], control: list[float]) -> Line:
-    spread = statistics.stdev(top1) if len(top1) > 1 else None
-    line = Line(method, seeds, top1, best, statistics.mean(top1), spread, None, None, None, "control")
+def _line(method: str, seeds: list[int], values: list[float], best: list[float], control: list[float]) -> Line:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    line = Line(method, seeds, values, best, statistics.mean(values), spread, None, None, None, "control")
     if method == CONTROL:
         return line
-    differences = [a - b for a, b in zip(top1, control, strict=True)]
+    differences = [a - b for a, b in zip(values, control, strict=True)]
     line.gain = statistics.mean(differences)
     if len(differences) == 1:
         line.verdict = "one seed: no verdict"
@@ -296,7 +304,7 @@ def _t95(freedom: int) -> float:
 
 def table(comparison: Comparison) -> dict[str, Any]:
     """Title, columns and rows of the table a terminal shows."""
-    columns = ["method", "top-1 %", "gain", "95 % interval", "verdict"]
+    columns = ["method", comparison.metric.title, "gain", "95 % interval", "verdict"]
     published = any(line.published is not None for line in comparison.lines)
     if published:
         columns += ["published", "its gain"]

@@ -13,15 +13,19 @@ from kdcli.data import DataSet, Stream, open_data
 from kdcli.data.dataset import Pixels
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.mentors import bank_build
-from kdcli.mentors.classroom import Classroom, Member, from_card, seat
+from kdcli.mentors.classroom import Classroom, build_classroom
 from kdcli.mentors.mentors import Mentors, worth_compiling
-from kdcli.models import cards, weights
 from kdcli.recipe import STAGE, Recipe, staged
-from kdcli.system import device as devices, distributed, shards
-from kdcli.training import loop, run as runs, tensorboard
-from kdcli.training.learner import Learner, keep as keep_student
-from kdcli.training.loop import Event, Notice, Session
+from kdcli.system import device as devices, distributed
+from kdcli.system.sizes import plain
+from kdcli.tasks import Metric
+from kdcli.training import run as runs, tensorboard
+from kdcli.training.checks import check_ranks
+from kdcli.training.learner import Learner
+from kdcli.training.loop import train
 from kdcli.training.run import Run
+from kdcli.training.session import Event, Notice, Session
+from kdcli.training.student import save_student
 
 
 @dataclass
@@ -30,18 +34,26 @@ class Result:
 
     name: str
     run: Run
-    top1: float  # percent on the test set, of what is shipped
+    score: dict[str, float]  # on the test set, of what is shipped
+    metric: Metric  # the primary one, which the figures below are of
+    value: float
     last: float
     best: float  # the best epoch's; chosen on the test set, so only a record
     best_epoch: int
     epoch: int  # the shipped weights' epoch
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.run.path), **self.score, "epoch": self.epoch, "last": self.last, "best": self.best,
+            "best_epoch": self.best_epoch,
+        }  # fmt: skip
 
 
 def data_of(recipe: Recipe, device: torch.device) -> DataSet:
     """The recipe's data. Raises RecipeError when none is named."""
     if not recipe.data.name:
         raise RecipeError("no data is named", hint="Add --data NAME; `kdcli data ls` shows what there is.")
-    return distributed.in_turn(lambda: open_data(recipe.data, device=device))
+    return distributed.local_rank0_first(lambda: open_data(recipe.data, device=device))
 
 
 def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> tuple[DataSet, Classroom]:
@@ -51,7 +63,7 @@ def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> 
             f"{STAGE}{waits[0]} is trained by distill and compare only", hint="Name networks that are there already."
         )
     data = data_of(recipe, device)
-    return data, seat(recipe, data, device, mentors=mentors)
+    return data, build_classroom(recipe, data, device, mentors=mentors)
 
 
 def open_session(
@@ -76,8 +88,8 @@ def open_session(
         label_smoothing=config.label_smoothing,
         strong=any("two_views" in methods.build(one.method.name, one.method.options).needs for one in recipes.values()),
     )
-    shards.check(len(data.train), config)
-    distributed.alike(
+    check_ranks(len(data.train), config)
+    distributed.check_equal(
         {"recipe": recipe.hash(), "data": data.pixels, **{one.name: one.digest for one in classroom.mentors}}
     )
     if config.cuda_graph and isinstance(data.train.store, Pixels):
@@ -98,16 +110,20 @@ def open_session(
     if any(learner.method.teachers for learner in learners):
         taught = [learner for learner in learners if learner.method.teachers]
         needs = frozenset().union(*(learner.method.needs for learner in taught))
-        plain = any(not learner.needs for learner in taught)
+        logits_only = any(not learner.needs for learner in taught)
         ahead, graph = recipe.classroom.ahead or 0, config.cuda_graph
-        mentors = distributed.in_turn(
-            lambda: bank_build.open_mentors(classroom, recipe, needs=needs, plain=plain, ahead=ahead, cuda_graph=graph)
+        mentors = distributed.local_rank0_first(
+            lambda: bank_build.open_mentors(
+                classroom, recipe, needs=needs, logits_only=logits_only, ahead=ahead, cuda_graph=graph
+            )
         )
     else:
         mentors = Mentors([], precision, device)
     compiled = _to_compile(recipe, mentors, max(one.epochs for one in learners) * len(stream) * config.batch_size)
     if compiled and recipe.classroom.compile is None:
-        classroom.notes.append(("classroom.compile", ", ".join(compiled), "they answer so much that it pays"))
+        classroom.notes.append(
+            ("classroom.compile", ", ".join(compiled), "compile time pays back (> 1e14 multiply-adds left)")
+        )
     return Session(learners, stream, mentors, data, run, folders, config, keep or set(), compiled)
 
 
@@ -135,7 +151,7 @@ def start(session: Session, kind: str, classroom: Classroom, **facts: Any) -> No
         folder = session.runs[learner.name]
         own = {**common, **facts} if folder is session.run else common
         told = runs.provenance(kind if folder is session.run else "distill", learner.recipe, **own)
-        distributed.first(lambda folder=folder, learner=learner, told=told: folder.start(learner.recipe, told))
+        distributed.on_rank0(lambda folder=folder, learner=learner, told=told: folder.start(learner.recipe, told))
 
 
 def facts_of(classroom: Classroom) -> dict[str, Any]:
@@ -148,7 +164,7 @@ def facts_of(classroom: Classroom) -> dict[str, Any]:
             "name": data.name,
             "hash": data.hash,
             "pixels": data.pixels,
-            "image_size": data.image_size,
+            "image_size": plain(data.image_size),
             "train": len(data.train),
             "test": len(data.test),
         },
@@ -167,7 +183,7 @@ def same_room(run: Run, classroom: Classroom) -> None:
         )
     if any(before["data"].get(key, "") not in ("", now["data"][key]) for key in ("hash", "pixels")):
         raise WeightsError(
-            f"{run.path} was trained on other pictures than {classroom.data.name} holds now",
+            f"{run.path} was trained on other images than {classroom.data.name} holds now",
             hint="Put the old data back, or start a new run.",
         )
     for name, facts in before["mentors"].items():
@@ -181,12 +197,12 @@ def same_room(run: Run, classroom: Classroom) -> None:
 def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
     """Train the session and write every learner's student; yields what `engine.train` yields."""
     if resume:
-        distributed.first(lambda: _note_ranks([session.run, *session.runs.values()]))
-    yield from loop.train(session, resume=resume)
-    distributed.first(session.run.forget_previous)
+        distributed.on_rank0(lambda: _note_ranks([session.run, *session.runs.values()]))
+    yield from train(session, resume=resume)
+    distributed.on_rank0(session.run.forget_previous)
     for learner in session.learners:
-        distributed.first(lambda learner=learner: finish(session, learner))
-    yield from map(Notice, session.mentors.words())
+        distributed.on_rank0(lambda learner=learner: finish(session, learner))
+    yield from map(Notice, session.mentors.bank_warnings())
 
 
 def _note_ranks(folders: list[Run]) -> None:
@@ -200,40 +216,37 @@ def _note_ranks(folders: list[Run]) -> None:
 
 def finish(session: Session, learner: Learner) -> None:
     """Write the student: the last epoch's, or, with a held-out slice, the epoch that it chose."""
-    folder = session.runs[learner.name]
-    scored = [row for row in folder.metrics() if "test/top1" in row]
+    folder, metric = session.runs[learner.name], learner.task.metrics[0]
+    names = [one.name for one in learner.task.metrics]
+    scored = [row for row in folder.metrics() if f"test/{metric.name}" in row]
+    scores = {row["epoch"]: {name: row[f"test/{name}"] for name in names} for row in scored}
     if session.data.holdout:
-        epoch, top1, state = (learner.best[key] for key in ("epoch", "top1", "weights"))
+        epoch, score, weights = (learner.best[key] for key in ("epoch", "score", "weights"))
     else:
-        epoch, top1, state = learner.epochs, scored[-1]["test/top1"], learner.weights()
-    keep_student(folder, "student", learner, epoch, top1, state)
-    shipped = next(row for row in scored if row["epoch"] == epoch)
-    best = max(scored, key=lambda row: row["test/top1"])
+        epoch, score, weights = learner.epochs, scores[learner.epochs], learner.weights()
+    save_student(
+        folder, "student", learner.graduate(), session.data, task=learner.task.name, epoch=epoch, score=score,
+        weights=weights,
+    )  # fmt: skip
+    values = {epoch: one[metric.name] for epoch, one in scores.items()}
+    best = (max if metric.higher else min)(values, key=values.__getitem__)
     folder.amend(
+        finished=True,
         epoch=epoch,
-        top1=shipped["test/top1"],
-        last=scored[-1]["test/top1"],
-        best=best["test/top1"],
-        best_epoch=best["epoch"],
+        score=scores[epoch],
+        last=list(values.values())[-1],
+        best=values[best],
+        best_epoch=best,
         diverged=None,  # it was overcome
     )
 
 
 def result(name: str, run: Run) -> Result:
     """The outcome of a finished run, from its provenance."""
-    facts = run.provenance
-    return Result(name, run, facts["top1"], facts["last"], facts["best"], facts["best_epoch"], facts["epoch"])
-
-
-def student_of(run: Run) -> Member:
-    """A finished run's student. Raises WeightsError when it is not finished or its files are broken."""
-    if not (run.path / "student.safetensors").is_file() or not (run.path / "student.toml").is_file():
-        raise WeightsError(
-            f"{run.path} has no student yet: it was stopped before its end",
-            hint=f"`kdcli runs show {run.path}` says how to continue it.",
-        )
-    card = cards.read_card(run.path / "student.toml")
-    return from_card(card, weights.load_state(run.path / "student.safetensors"))
+    facts, metric, score = run.provenance, run.metric, run.score
+    return Result(
+        name, run, score, metric, score[metric.name], facts["last"], facts["best"], facts["best_epoch"], facts["epoch"]
+    )
 
 
 def run_folder(out: str | None, recipe: Recipe, method: str) -> Run:
@@ -243,15 +256,15 @@ def run_folder(out: str | None, recipe: Recipe, method: str) -> Run:
     ).partition("@")[0]
 
     def choose() -> Run:
-        if again := distributed.begun():  # a rank died before the first checkpoint
+        if again := distributed.resumable_run():  # a rank died before the first checkpoint
             shutil.rmtree(again, ignore_errors=True)
             return Run(Path(again))
         run = runs.new(student, method, Path(out) if out else None)
         run.check_free()
         return run
 
-    run = distributed.first(choose)
-    distributed.begin(str(run.path))
+    run = distributed.on_rank0(choose)
+    distributed.remember_run(str(run.path))
     return run
 
 
@@ -259,7 +272,7 @@ def begun() -> str | None:
     """The run to continue after a rank of this very command died; None when it was not begun yet."""
 
     def look() -> str | None:
-        path = distributed.begun()
+        path = distributed.resumable_run()
         return path if path and Run(Path(path)).begun else None
 
-    return distributed.first(look)
+    return distributed.on_rank0(look)

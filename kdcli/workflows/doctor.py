@@ -63,7 +63,8 @@ def _speed_ratio(device: torch.device) -> float:
 def _self_test() -> dict[str, Any]:
     """One epoch of a tiny student on the digits, saved, read back, exported and checked."""
     from kdcli.export.onnx import export_onnx
-    from kdcli.training import loop
+    from kdcli.training.session import Session
+    from kdcli.training.student import student_of
     from kdcli.workflows import distill
 
     began, where = time.perf_counter(), "reading the digits"
@@ -79,10 +80,10 @@ def _self_test() -> dict[str, Any]:
             for _ in distill.go(session):
                 pass
             where = "exporting it to ONNX and asking onnxruntime"
-            done = export_onnx(distill.student_of(run), classroom.data.test.take(64), run.path / "s.onnx", metadata={})
+            done = export_onnx(student_of(run), classroom.data.test.take(64), run.path / "s.onnx", metadata={})
     except Exception as error:
         return {"result": "failed", "while": where, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    assert isinstance(session, loop.Session)
+    assert isinstance(session, Session)
     return {
         "result": "passed",
         "seconds": round(time.perf_counter() - began, 1),

@@ -19,28 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_with_path
 
 from kdcli import methods, recipe as recipes
 from kdcli.data import Batch, Stream, open_data
 from kdcli.errors import KdcliError, RecipeError
-from kdcli.mentors.classroom import Classroom, Member
-from kdcli.mentors.mentors import Mentors
-from kdcli.methods import Lesson, Phase, View
+from kdcli.mentors.classroom import Classroom
+from kdcli.mentors.mentors import Mentors, rows_of
+from kdcli.methods import Lesson, Phase
 from kdcli.models import registry
+from kdcli.models.member import Member
+from kdcli.models.outputs import Output
 from kdcli.models.registry import ModelName
 from kdcli.recipe import DataConfig, Recipe
 from kdcli.system import user_code
-from kdcli.training import learner as learners
 from kdcli.training.learner import Learner
-from kdcli.training.meters import Tally
-from kdcli.workflows import distill
+from kdcli.training.meters import EpochMeter
+from kdcli.training.run import Run
+from kdcli.training.student import save_student, student_of
 
 Options = dict[str, Any]
-Answers = list[tuple[Batch, View | None]]
-SYMMETRIC = ("nokd", "kd", "aver", "classroom", "ebkd", "aekd", "tekap")
-"""Methods that do not tell one peer from another, nor have an adapter for each."""
-NETWORKS = ("one", "okddip", "ffl")
-"""Methods that run networks of their own within `loss`, in the student's precision."""
+Given = list[tuple[Batch, list[Output]]]
 SIZE, BATCH, STEPS = 16, 20, 5  # pixels a side, images a batch, batches an epoch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,7 +114,7 @@ class Toy:
         self.data = open_data(DataConfig(name="digits", per_class=10, image_size=SIZE, augment="none"), device=device)
         self._mentors: dict[bool, list[Member]] = {}
         self._before: dict[bool, str] = {}
-        self._answers: dict[Any, Answers] = {}
+        self._given: dict[Any, Given] = {}
         self._subjects: dict[str, Subject] = {}
 
     def put(self, check: "Check", name: str, options: Options) -> None:
@@ -130,7 +129,7 @@ class Toy:
             for kind, mentors in list(self._mentors.items()):
                 if fingerprint(mentors) != self._before[kind]:
                     del self._mentors[kind]
-                    self._answers.clear()
+                    self._given.clear()
                     self._subjects.clear()
                     raise Broken("a mentor's weights, statistics or mode are not what they were")
 
@@ -173,7 +172,7 @@ class Toy:
         tables = {"data": {"name": "digits"}, "method": {"name": name, **options}, "train": settings}
         recipe = recipes.from_dict(tables, "toy")
         one = Learner(recipe.method.label, recipe, self.room(recipe, student, mentors), STEPS)
-        one.begin_epoch(0, self.sweep)
+        one.begin_epoch(0, lambda: self.train_pass(one))
         return one
 
     def room(self, recipe: Recipe, student: str = "", mentors: int = 3) -> Seats:
@@ -182,10 +181,10 @@ class Toy:
         seat = registry.resolve(student or toy) if student or toy else ModelName("zoo", "toy", None, "toy")
         return Seats(recipe, self.data, self.mentors(needs)[:mentors], self.device, seat)
 
-    def sweep(self, one: Learner) -> Iterator[Lesson]:
+    def train_pass(self, one: Learner) -> Iterator[Lesson]:
         mentors = self._answering(one.method.needs)
         for batch in map(self._strong(one), self.data.train.plain(BATCH, self.device)):
-            yield one.lesson(batch, mentors.answer(batch) if one.classroom.mentors else None, 0, 0)
+            yield one.lesson(batch, mentors.answer(batch).outputs if one.classroom.mentors else [], 0, 0)
 
     def _answering(self, needs: frozenset[str]) -> Mentors:
         return Mentors(self.mentors(needs), "fp32", self.device, needs=needs)
@@ -193,18 +192,18 @@ class Toy:
     def _strong(self, one: Learner) -> Callable[[Batch], Batch]:
         """Gives a batch a second view, its mirror image, where the method needs two."""
         two = "two_views" in one.method.needs
-        return lambda batch: replace(batch, strong=batch.pixels.flip(-1)) if two else batch
+        return lambda batch: replace(batch, strong=batch.images.flip(-1)) if two else batch
 
-    def batches(self, one: Learner, n: int, **mixing: float) -> Answers:
+    def batches(self, one: Learner, n: int, **mixing: float) -> Given:
         """The first `n` batches of the training stream with the mentors' answers, mixed where that is asked for."""
         needs = one.method.needs
         key = (needs, *mixing.items())
-        known = self._answers.setdefault(key, [])
+        known = self._given.setdefault(key, [])
         if len(known) < n:
             mentors = self._answering(needs)
             stream = Stream(self.data, BATCH, seed=0, device=self.device, **mixing)  # pyright: ignore[reportArgumentType]
             found = [batch for epoch in range(-(-n // len(stream))) for batch in stream.epoch(epoch)][:n]
-            known += [(batch, mentors.answer(batch)) for batch in map(self._strong(one), found[len(known) :])]
+            known += [(batch, mentors.answer(batch).outputs) for batch in map(self._strong(one), found[len(known) :])]
         return known[:n]
 
     def subject(self, name: str, options: Options) -> "Subject":
@@ -219,7 +218,7 @@ def _train(member: Member, batch: Batch, steps: int) -> None:
     optimizer = torch.optim.Adam(member.requires_grad_(True).train().parameters(), lr=0.01)
     for _ in range(steps):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(member(batch.pixels), batch.target).backward()
+        nn.functional.cross_entropy(member(batch.images), batch.target).backward()
         optimizer.step()
     optimizer.zero_grad()
     member.requires_grad_(False).eval()
@@ -229,7 +228,7 @@ def _train(member: Member, batch: Batch, steps: int) -> None:
 def _fit(member: Member, batch: Batch, noise: float) -> None:
     """Ridge regression of a linear network's last layer."""
     head = member.head
-    x = member.net[:-1](member.read(batch.pixels)).double()  # pyright: ignore[reportIndexIssue]
+    x = member.net[:-1](member.read(batch.images)).double()  # pyright: ignore[reportIndexIssue]
     wanted = nn.functional.one_hot(batch.target, 10).double()
     wanted += noise * torch.randn(wanted.shape, dtype=torch.float64).to(wanted)
     mean, scale = x.mean(0), 1e-3 * x.square().sum(-1).mean()
@@ -246,7 +245,7 @@ def deep(needs: frozenset[str]) -> bool:
 
 def _member(net: nn.Module, name: ModelName, of: "Toy | Classroom") -> Member:
     return Member(
-        net, name, mean=of.data.mean, std=of.data.std, input_size=SIZE, interpolation="bilinear", num_classes=10
+        net, name, mean=of.data.mean, std=of.data.std, input_size=(SIZE, SIZE), interpolation="bilinear", num_classes=10
     )  # fmt: skip
 
 
@@ -260,14 +259,13 @@ def fingerprint(modules: Any) -> str:
     return digest.hexdigest()
 
 
-def teach(one: Learner, given: Answers, first: int = 0, epoch: int = 0) -> list[dict[str, float]]:
+def teach(one: Learner, given: Given, first: int = 0, epoch: int = 0) -> list[dict[str, float]]:
     """One step per batch; the terms of each."""
     out = []
     for step, (batch, view) in enumerate(given, first):
-        one.tally = Tally()
+        one.meter = EpochMeter()
         one.step(batch, view, epoch, step % STEPS, step)
-        sums = {key: value.item() for key, value in one.tally.sums.items() if key.startswith("term/")}
-        out.append({key.removeprefix("term/"): value for key, value in sums.items()})
+        out.append(one.meter.totals("term/"))
     return out
 
 
@@ -287,7 +285,7 @@ def cross_entropy(one: Learner, batch: Batch) -> float:
     graduate = one.graduate()
     modes = {part: part.training for part in graduate.modules()}
     with torch.no_grad():
-        loss = nn.functional.cross_entropy(graduate.eval()(batch.pixels), batch.target).item()
+        loss = nn.functional.cross_entropy(graduate.eval()(batch.images), batch.target).item()
     for part, mode in modes.items():
         part.training = mode
     return loss
@@ -315,7 +313,7 @@ class Subject:
         self.lessons: list[tuple[Phase, Lesson]] = []
         given = toy.batches(self.learner, 1)
         for phase, epoch in stretches(self.learner):
-            self.learner.begin_epoch(epoch, toy.sweep)
+            self.learner.begin_epoch(epoch, lambda: toy.train_pass(self.learner))
             self.lessons.append((phase, _recorded(self.learner, given, epoch)))
         self.method = self.learner.method
         self.state = copy.deepcopy(self.learner.state())
@@ -341,7 +339,7 @@ class Subject:
         return [p for p in parts.parameters() if p.requires_grad]
 
 
-def _recorded(one: Learner, given: Answers, epoch: int) -> Lesson:
+def _recorded(one: Learner, given: Given, epoch: int) -> Lesson:
     """The lesson that a real step hands to the method."""
     seen: list[Lesson] = []
     loss = one.method.loss
@@ -364,52 +362,27 @@ def _recorded(one: Learner, given: Answers, epoch: int) -> Lesson:
 def remade(lesson: Lesson, change: Change = lambda where, x: x, **facts: Any) -> Lesson:
     """The same lesson from fresh tensors, which on the learners' side take a gradient; `change` may put in others."""
 
-    def view(where: str, old: View | None) -> View | None:
-        if old is None:
-            return None
-
-        def fresh(place: str, x: Tensor) -> Tensor:
-            new = change(f"{where}.{place}", x.detach()).clone()
+    def fresh(where: str, output: Output) -> Output:
+        def renew(path: Any, x: Any) -> Any:
+            if x is None:
+                return None
+            new = change(where + keystr(path), x.detach()).clone()
             return new if where.startswith("mentors") else new.requires_grad_()
 
-        def maps(number: str, some: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {tap: fresh(f"maps{number}.{tap}", x) for tap, x in some.items()}
+        return tree_map_with_path(renew, output)
 
-        pooled, own_maps = old.pooled, old.maps
-        if isinstance(pooled, tuple):
-            pooled = tuple(fresh(f"pooled{m}", x) for m, x in enumerate(pooled))
-        elif pooled is not None:
-            pooled = fresh("pooled", pooled)
-        if isinstance(own_maps, tuple):
-            own_maps = tuple(maps(str(m), some) for m, some in enumerate(own_maps))
-        elif own_maps is not None:
-            own_maps = maps("", own_maps)
-        return replace(
-            old, out=fresh("out", old.out), pooled=pooled, maps=own_maps, strong=view(f"{where}.strong", old.strong)
-        )
-
-    views = {name: new for name, old in lesson.views.items() if (new := view(name, old)) is not None}
+    outputs = {name: fresh(name, old) for name, old in lesson.outputs.items()}
+    mentors = [fresh(f"mentors[{m}]", old) for m, old in enumerate(lesson.mentors)]
     generator = torch.Generator(lesson.target.device).manual_seed(0)
-    mentors = view("mentors", lesson.mentors)
     return replace(
-        lesson, student=views["student"], views=views, mentors=mentors, generator=generator, notes={}, **facts
+        lesson, student=outputs["student"], outputs=outputs, mentors=mentors, generator=generator, notes={}, **facts
     )
 
 
 def leaves(lesson: Lesson) -> dict[str, Tensor]:
-    """The learners' answers by place: what a gradient may come back to."""
-
-    def of(where: str, view: View | None) -> dict[str, Tensor]:
-        if view is None:
-            return {}
-        found = {f"{where}.out": view.out}
-        if isinstance(view.pooled, Tensor):
-            found[f"{where}.pooled"] = view.pooled
-        maps = view.maps if isinstance(view.maps, dict) else {}
-        found |= {f"{where}.{tap}": x for tap, x in maps.items()}
-        return found | of(f"{where}.strong", view.strong)
-
-    return {place: x for name, view in lesson.views.items() for place, x in of(name, view).items()}
+    """The learners' outputs by place: what a gradient may come back to."""
+    found = tree_flatten_with_path(lesson.outputs)[0]
+    return {f"{path[0].key}{keystr(path[1:])}": x for path, x in found if x is not None}
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -436,7 +409,7 @@ def terms_are_sound(toy: Toy, name: str, options: Options) -> None:
             need(value.shape == (), f"the term {key!r} is no scalar but [{shape}]")
             need(value.dtype == torch.float32, f"the term {key!r} is {value.dtype}: losses are float32")
             need(torch.isfinite(value), f"the term {key!r} is {value.item()}")
-        count = 0 if lesson.mentors is None else len(lesson.mentors.out)
+        count = len(lesson.mentors)
         for key, note in lesson.notes.items():
             fits = f"the note {key!r} is {list(note.shape)}: [], [{count}] (mentors) or [{count + 1}] (student first)"
             need(note.shape in {(), (count,), (count + 1,)}, fits)
@@ -498,12 +471,12 @@ def extremes_stay_finite(toy: Toy, name: str, options: Options) -> None:
 
         pairs = [*itertools.product(EXTREMES, DTYPES)]  # every second one has all extremes and all types too
         for (student, mentors), dtype in pairs[::2] if deep(subject.method.needs) else pairs:
-            taught = torch.stack([pattern(kind, target) for kind in mentors])
-            said = pattern(student, target)
+            patterns = {f"mentors[{m}]": pattern(kind, target) for m, kind in enumerate(mentors)}
+            own = pattern(student, target)
 
-            def logits(where: str, x: Tensor, said: Tensor = said, taught: Tensor = taught, dtype: Any = dtype) -> Any:
+            def logits(where: str, x: Tensor, patterns: Any = patterns, own: Tensor = own, dtype: Any = dtype) -> Any:
                 if where.endswith(".out"):
-                    x = taught if where.startswith("mentors") else said
+                    x = patterns.get(where.partition(".")[0], own)
                 return x.to(dtype)
 
             check(logits, f"student's logits {student!r}, mentors' {mentors} in {dtype}")
@@ -520,7 +493,9 @@ def extremes_stay_finite(toy: Toy, name: str, options: Options) -> None:
 
 def half_is_float(toy: Toy, name: str, options: Options) -> None:
     """The loss of answers in bfloat16 is the loss of their values in float32."""
-    subject, share = toy.subject(name, options), 1e-2 if name in NETWORKS else 1.3e-6
+    subject, share = toy.subject(name, options), 1.3e-6
+    if subject.method.runs_networks:
+        share = 1e-2
     for phase, given in subject.lessons:
         low = subject.terms(phase, remade(given, lambda _, x: x.bfloat16()))
         exact = subject.terms(phase, remade(given, lambda _, x: x.bfloat16().float()))
@@ -583,8 +558,7 @@ def peers_may_be_swapped(toy: Toy, name: str, options: Options) -> None:
     order = [0, 2, 1]
     for phase, given in subject.lessons:
         here, there = remade(given), remade(given)
-        assert there.mentors is not None
-        there.mentors = replace(there.mentors, out=there.mentors.out[order])
+        there = replace(there, mentors=[there.mentors[m] for m in order])
         losses, grads = [], []
         for lesson in (here, there):
             loss, reached = total(subject.terms(phase, lesson)), list(leaves(lesson).values())
@@ -592,7 +566,7 @@ def peers_may_be_swapped(toy: Toy, name: str, options: Options) -> None:
             grads.append(torch.autograd.grad(loss, reached, allow_unused=True, materialize_grads=True))
         same = abs(losses[0] - losses[1]) <= 1e-5 * abs(losses[0]) + 1e-5
         same = same and all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads, strict=True))
-        need(same or name not in SYMMETRIC, "swapping two peers changes the loss or its gradient")
+        need(same or not subject.method.symmetric, "swapping two peers changes the loss or its gradient")
         if not same:
             raise Idle("its equation tells its mentors apart")
 
@@ -601,12 +575,12 @@ def peers_targets_are_detached(toy: Toy, name: str, options: Options) -> None:
     """Where learners teach each other, none learns through what it is to the others: a term's gradient to one answer
     does not depend, in the graph, on another's."""
     subject = toy.subject(name, options)
-    if len(subject.lessons[0][1].views) == 1:
+    if len(subject.lessons[0][1].outputs) == 1:
         raise Idle("only one learner reads pictures")
     for phase, given in subject.lessons:
         lesson = remade(given)
         for key, value in subject.terms(phase, lesson).items():
-            for who in lesson.views:
+            for who in lesson.outputs:
                 places = leaves(lesson)
                 mine = [x for place, x in places.items() if place.startswith(f"{who}.")]
                 others = {place: x for place, x in places.items() if not place.startswith(f"{who}.")}
@@ -650,7 +624,7 @@ def loss_falls(toy: Toy, name: str, options: Options) -> None:
     (batch, view) = toy.batches(one, 1)[0]
     before = cross_entropy(one, batch)
     for phase, epoch in stretches(one):
-        one.begin_epoch(epoch, toy.sweep)
+        one.begin_epoch(epoch, lambda one=one: toy.train_pass(one))
         terms = teach(one, [(batch, view)] * 21, epoch * STEPS, epoch)
         need(all(map(finite, terms)), f"phase {phase.name}: the loss is not finite")
         first, last = sum(terms[0].values()), sum(terms[-1].values())
@@ -667,9 +641,9 @@ def only_learners_learn(toy: Toy, name: str, options: Options) -> None:
     one = toy.learner(name, options)
     given = toy.batches(one, 1)
     view = given[0][1]
-    need(view is None or not view.out.requires_grad, "mentors' answers take a gradient")
+    need(not any(one.out.requires_grad for one in view), "mentors' outputs take a gradient")
     for phase, epoch in stretches(one):
-        one.begin_epoch(epoch, toy.sweep)
+        one.begin_epoch(epoch, lambda one=one: toy.train_pass(one))
         learns = one.method.learners()
         before = {key: copy.deepcopy(module.state_dict()) for key, module in learns.items()}
         idle = {key: fingerprint([module]) for key, module in learns.items() if key not in phase.learners}
@@ -715,13 +689,13 @@ def _goes_on(toy: Toy, name: str, options: Options, settings: dict[str, Any]) ->
     one = toy.learner(name, options, **settings)
     given = toy.batches(one, 4)
     for phase, epoch in stretches(one):
-        one.begin_epoch(epoch, toy.sweep)
+        one.begin_epoch(epoch, lambda one=one: toy.train_pass(one))
         teach(one, given[:2], epoch * STEPS, epoch)
         file = io.BytesIO()
         torch.save(one.state(), file)
         two = toy.learner(name, options, **settings)
         two.load(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-        two.begin_epoch(epoch, toy.sweep, again=True)
+        two.begin_epoch(epoch, lambda two=two: toy.train_pass(two), again=True)
         here, there = (teach(each, given[2:], epoch * STEPS + 2, epoch) for each in (one, two))
         need(here == there, f"phase {phase.name}: loaded, it goes on with {there[0]} instead of {here[0]}")
         for key, module in one.method.learners().items():
@@ -744,7 +718,7 @@ def noise_follows_seed_and_step(toy: Toy, name: str, options: Options) -> None:
     given = toy.batches(one, 2)
     for phase, epoch in stretches(one):
         for each in (one, two, other, seeded):
-            each.begin_epoch(epoch, toy.sweep)
+            each.begin_epoch(epoch, lambda each=each: toy.train_pass(each))
         first = epoch * STEPS
         start = copy.deepcopy(one.state())
         torch.manual_seed(999)
@@ -825,7 +799,7 @@ def micro_batches_add_up_or_are_refused(toy: Toy, name: str, options: Options) -
     given = toy.batches(whole, 1)
     for phase, epoch in stretches(whole):
         for one in (whole, parts):
-            one.begin_epoch(epoch, toy.sweep)
+            one.begin_epoch(epoch, lambda one=one: toy.train_pass(one))
             one.method.eval()  # what batch norm and dropout make of a half is no business of the equation's
             for module in one.method.learners().values():
                 module.eval()
@@ -864,9 +838,9 @@ def one_image_is_enough(toy: Toy, name: str, options: Options) -> None:
     one = toy.learner(name, options)
     batch, view = toy.batches(one, 1)[0]
     for phase, epoch in stretches(one):
-        one.begin_epoch(epoch, toy.sweep)
+        one.begin_epoch(epoch, lambda one=one: toy.train_pass(one))
         try:
-            (terms,) = teach(one, [learners.take(batch, view, slice(0, 1))], epoch * STEPS, epoch)
+            (terms,) = teach(one, [(batch.micro(0, 1), rows_of(view, slice(0, 1)))], epoch * STEPS, epoch)
         except Exception as error:
             raise Broken(f"phase {phase.name}: `pairs` is missing in needs: {user_code.words(error)}") from error
         need(finite(terms), f"phase {phase.name}: the loss of one image is {terms}: `pairs` is missing in needs")
@@ -876,7 +850,7 @@ def mentors_are_asked_for(toy: Toy, name: str, options: Options) -> None:
     """With the number of mentors it says it needs it trains; with fewer it is refused beforehand."""
     least = methods.build(name, options).teachers
     one = toy.learner(name, options, mentors=least)
-    given = [(batch, first_mentors(view, least)) for batch, view in toy.batches(one, 1)]
+    given = [(batch, outputs[:least]) for batch, outputs in toy.batches(one, 1)]
     need(all(map(finite, teach(one, given))), f"the loss with {least} mentors is not finite")
     if not least:
         return
@@ -889,19 +863,6 @@ def mentors_are_asked_for(toy: Toy, name: str, options: Options) -> None:
         )
         return
     raise Broken(f"says it needs {least} mentors, and is not refused with fewer")
-
-
-def first_mentors(view: View | None, count: int) -> View | None:
-    if view is None or not count:
-        return None
-    pooled, maps = view.pooled, view.maps
-    return replace(
-        view,
-        out=view.out[:count],
-        pooled=pooled[:count] if isinstance(pooled, tuple) else None,
-        maps=maps[:count] if isinstance(maps, tuple) else None,
-        strong=first_mentors(view.strong, count),
-    )
 
 
 def what_is_logged_is_the_loss(toy: Toy, name: str, options: Options) -> None:
@@ -918,20 +879,27 @@ def what_is_logged_is_the_loss(toy: Toy, name: str, options: Options) -> None:
 
 def graduate_is_what_ships(toy: Toy, name: str, options: Options) -> None:
     """The graduate answers logits of the data's classes, and read back from what a run keeps it answers the same."""
-    from kdcli.training.run import Run
-
     one = toy.learner(name, options, student="cifar_resnet10_xxs")
     given = toy.batches(one, 2)
     teach(one, given)
-    pixels = given[0][0].pixels
+    pixels = given[0][0].images
     graduate = one.graduate().eval()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         out = graduate(pixels)
         need(out.shape == (len(pixels), 10), f"the graduate answers {list(out.shape)}, not [{len(pixels)}, 10]")
         need(torch.isfinite(out).all(), "the graduate's answers are not finite")
         run = Run(Path(folder))
-        learners.keep(run, "student", one, 1, 0.0, one.weights())
-        again = distill.student_of(run).to(toy.device)(pixels)
+        save_student(
+            run,
+            "student",
+            one.graduate(),
+            one.classroom.data,
+            task="classify",
+            epoch=1,
+            score={},
+            weights=one.weights(),
+        )
+        again = student_of(run).to(toy.device)(pixels)
     need(torch.allclose(out, again, rtol=1e-4, atol=1e-4), "what is kept answers otherwise than what was scored")
 
 

@@ -2,20 +2,22 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kdcli import recipe as recipes
 from kdcli.data import open_data
-from kdcli.mentors.classroom import Classroom, seat
-from kdcli.models import cards, weights
+from kdcli.mentors.classroom import Classroom, build_classroom
+from kdcli.models import cards, checkpoint
 from kdcli.models.registry import resolve
 from kdcli.recipe import Recipe
 from kdcli.system import distributed, files
+from kdcli.tasks import TASKS
 from kdcli.training import run as runs
 from kdcli.training.run import Run
+from kdcli.training.student import student_of
 from kdcli.workflows import compare, distill
 from kdcli.workflows.compare import Comparison
 from kdcli.workflows.ship import Shipped, ship
@@ -52,14 +54,22 @@ def tell(config: Recipe, seeds: list[int], device: torch.device, out: str | None
     found = compare.summarise(folder)
     kept = {name: Run(folder.path / f"{name}-{seeds[0]}") for name in (compare.CONTROL, "classroom")}  # never the best
     members = {
-        "teacher": seat(config, data, device).mentors[0],  # afresh: those that taught may be in half precision
-        "control": distill.student_of(kept[compare.CONTROL]),
-        "student": distill.student_of(kept["classroom"]),
+        "teacher": build_classroom(config, data, device).mentors[
+            0
+        ],  # afresh: those that taught may be in half precision
+        "control": student_of(kept[compare.CONTROL]),
+        "student": student_of(kept["classroom"]),
     }
     facts = {"dataset": data.name, "classes": json.dumps(data.classes)}
     own = {"control": {"run": str(kept[compare.CONTROL].path)}, "student": {"run": str(kept["classroom"].path)}}
-    shipped = ship(members, data, folder.path, {role: facts | own.get(role, {}) for role in members})
-    files.write_text(folder.path / "shipping.json", json.dumps([asdict(row) for row in shipped], indent=1))
+    shipped = ship(
+        members,
+        data,
+        TASKS[config.task](len(data.classes)),
+        folder.path,
+        {role: facts | own.get(role, {}) for role in members},
+    )
+    files.write_text(folder.path / "shipping.json", json.dumps([row.json() for row in shipped], indent=1))
     return Story(folder, classroom, found, shipped)
 
 
@@ -84,16 +94,16 @@ def train_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:
         }
         solo = recipes.from_dict(own, "quickstart mentor")
         _, classroom = distill.open_room(solo, device, mentors=False)
-        folder = distributed.first(lambda arch=arch: runs.new(arch, "train"))
+        folder = distributed.on_rank0(lambda arch=arch: runs.new(arch, "train"))
         session = distill.open_session({"nokd": solo}, classroom, folder, {"nokd": folder})
         with folder.writing():
             distill.start(session, "train", classroom)
             follow(distill.go(session), f"mentor {arch}")
-        distributed.first(lambda folder=folder: _into_zoo(folder))
+        distributed.on_rank0(lambda folder=folder: _into_zoo(folder))
 
 
 def _into_zoo(folder: Run) -> None:
-    cards.add(weights.load_state(folder.path / "student.safetensors"), cards.read_card(folder.path / "student.toml"))
+    cards.add(checkpoint.load_state(folder.path / "student.safetensors"), cards.read_card(folder.path / "student.toml"))
 
 
 def prepare_mentors(config: Recipe, device: torch.device, follow: Follow) -> None:

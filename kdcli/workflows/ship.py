@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kdcli.data import DataSet
 from kdcli.export.bench import bench
 from kdcli.export.onnx import OnnxModel, export_onnx
-from kdcli.mentors.classroom import Member
+from kdcli.models.member import Member
+from kdcli.tasks import Metric, Task
 from kdcli.training.evaluate import score
 
 
@@ -18,8 +20,9 @@ class Shipped:
 
     role: str
     name: str
-    top1_torch: float
-    top1_onnx: float
+    metric: Metric
+    in_torch: float  # the primary metric
+    in_onnx: float
     params: int
     macs: int  # multiply-adds of one image
     size: int  # bytes of the file
@@ -27,9 +30,21 @@ class Shipped:
     p90: float
     path: str
 
+    def json(self) -> dict[str, Any]:
+        """Its figures, those of the task under the metric's name."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("metric", "in_torch", "in_onnx")}
+        name = self.metric.name
+        return {**facts, f"{name}_torch": self.in_torch, f"{name}_onnx": self.in_onnx}
+
 
 def ship(
-    members: dict[str, Member], data: DataSet, folder: Path, metadata: dict[str, dict[str, str]], *, threads: int = 1
+    members: dict[str, Member],
+    data: DataSet,
+    task: Task,
+    folder: Path,
+    metadata: dict[str, dict[str, str]],
+    *,
+    threads: int = 1,
 ) -> list[Shipped]:
     """Export every member (by role, as `metadata` is), score it in torch and in onnxruntime, and time all in turn.
 
@@ -41,10 +56,12 @@ def ship(
         path = paths[role] = folder / f"{role}.onnx"
         done = export_onnx(member, real, path, metadata=metadata[role])
         params, macs = member.count()
-        in_torch, in_onnx = score(member.cpu(), data.test, cpu), score(OnnxModel(path), data.test, cpu)
+        in_torch, in_onnx = (score(model, data.test, task, cpu).value for model in (member.cpu(), OnnxModel(path)))
         rows.append(
-            Shipped(role, member.name, in_torch.top1, in_onnx.top1, params, macs, done.size, 0.0, 0.0, str(path))
-        )
+            Shipped(
+                role, member.name, task.metrics[0], in_torch, in_onnx, params, macs, done.size, 0.0, 0.0, str(path)
+            )
+        )  # fmt: skip
     timings = {timing.name: timing for timing in bench(paths, batch=1, threads=threads)}
     for row in rows:
         row.p50, row.p90 = timings[row.role].p50, timings[row.role].p90

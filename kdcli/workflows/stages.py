@@ -11,15 +11,15 @@ import torch
 from kdcli import methods
 from kdcli.data import DataSet
 from kdcli.errors import InterruptedRun, RecipeError
-from kdcli.mentors.classroom import Classroom, seat
-from kdcli.methods.assistants import Assisted
+from kdcli.mentors.classroom import Classroom, build_classroom
 from kdcli.models import cards
 from kdcli.recipe import NAMED, STAGE, Recipe, staged
 from kdcli.system import distributed
 from kdcli.training import run as runs
-from kdcli.training.learner import Learner, keep
-from kdcli.training.loop import Event
+from kdcli.training.learner import Learner
 from kdcli.training.run import Run
+from kdcli.training.session import Event
+from kdcli.training.student import save_student
 from kdcli.workflows import distill
 
 FOLDER = "stages"  # in the run's
@@ -43,7 +43,7 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """A recipe's stages, those that its method's name stands for among them."""
     cls = methods.find(recipe.method.name)
-    last = cls.expand(recipe) if issubclass(cls, Assisted) else recipe
+    last = cls.expand(recipe)
     every, wanted = last.stages(), set(_named(last))
     for name, one in reversed(every.items()):
         if name in wanted:
@@ -87,54 +87,55 @@ def _lying(spec: str | None, folder: Path) -> str | None:
     return f"{cards.read_card(where / 'student.toml').architecture}@{where}"
 
 
-def rehearse(whole: Plan, data: DataSet, device: torch.device) -> Iterator[tuple[str, Recipe, Classroom]]:
+def dry_run(whole: Plan, data: DataSet, device: torch.device) -> Iterator[tuple[str, Recipe, Classroom]]:
     """Every part's name, plain recipe and classroom in order, with untrained networks in the graduates' place."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, part in whole.parts.items():
             seated = resolve(part, folder)
-            classroom = seat(seated, data, device, mentors=teaches(part))
+            classroom = build_classroom(seated, data, device, mentors=teaches(part))
             yield name, seated, classroom
             if name:
                 one = Learner(name, seated, classroom, 1)
                 (folder / name).mkdir()
-                keep(Run(folder / name), "student", one, 0, 0.0, one.weights())
+                save_student(
+                    Run(folder / name), "student", one.graduate(), data, task=part.task, epoch=0, score={},
+                    weights=one.weights(),
+                )  # fmt: skip
 
 
 def check(whole: Plan, data: DataSet, device: torch.device) -> Classroom:
-    """The classroom of the last part, rehearsed. Raises KdcliError for whatever would stop any part before its first
+    """The classroom of the last part, checked. Raises KdcliError for whatever would stop any part before its first
     step."""
-    for name, part, classroom in rehearse(whole, data, device):
+    for name, part, classroom in dry_run(whole, data, device):
         if not name:
             Learner(part.method.label, part, classroom, 1)
             return classroom
     raise AssertionError("a recipe's own part comes last")
 
 
-def learn(
-    recipe: Recipe, run: Run, device: torch.device, follow: Follow, *, rehearsed: Classroom | None = None
-) -> None:
+def learn(recipe: Recipe, run: Run, device: torch.device, follow: Follow, *, checked: Classroom | None = None) -> None:
     """Train a recipe's stages into `run`/stages and then its own part into `run`: what is not finished yet of them.
 
-    rehearsed: what `check` gave, where it was called already.
+    checked: what `check` gave, where it was called already.
     """
     whole = plan(recipe)
-    data = rehearsed.data if rehearsed else distill.data_of(recipe, device)
-    if not distributed.first(lambda: run.begun):
-        facts = distill.facts_of(rehearsed or check(whole, data, device))
+    data = checked.data if checked else distill.data_of(recipe, device)
+    if not distributed.on_rank0(lambda: run.begun):
+        facts = distill.facts_of(checked or check(whole, data, device))
         told = {**facts, "mentors": {}, "banks": {}, "chosen": [], "stages": {name: {} for name in whole.stages}}
-        distributed.first(lambda: run.start(recipe, runs.provenance("distill", recipe, **told)))
-    distributed.first(run.mend)
+        distributed.on_rank0(lambda: run.start(recipe, runs.provenance("distill", recipe, **told)))
+    distributed.on_rank0(run.repair)
     try:
         for name, part in whole.stages.items():
             folder = Run(run.path / FOLDER / name)
-            if not distributed.first(lambda folder=folder: folder.done):
+            if not distributed.on_rank0(lambda folder=folder: folder.done):
                 seated = resolve(part, run.path / FOLDER)
-                classroom = seat(seated, data, device, mentors=teaches(part))
+                classroom = build_classroom(seated, data, device, mentors=teaches(part))
                 session = distill.open_session(
                     {part.method.label: seated}, classroom, folder, {part.method.label: folder}
                 )
-                going_on = distributed.first(lambda folder=folder: folder.begun)
+                going_on = distributed.on_rank0(lambda folder=folder: folder.begun)
                 if going_on:
                     distill.same_room(folder, classroom)
                 else:
@@ -148,14 +149,16 @@ def learn(
 def _last(recipe: Recipe, whole: Plan, run: Run, data: DataSet, device: torch.device, follow: Follow) -> None:
     """The recipe's own part, in a folder that was laid out before its mentors were there."""
     seated = resolve(whole.last, run.path / FOLDER)
-    classroom = seat(seated, data, device, mentors=teaches(recipe))
+    classroom = build_classroom(seated, data, device, mentors=teaches(recipe))
     name = recipe.method.label
     session = distill.open_session({name: recipe}, classroom, run, {name: run})
-    going_on = distributed.first(lambda: all(run.provenance["stages"].values()))
+    going_on = distributed.on_rank0(lambda: all(run.provenance["stages"].values()))
     if going_on:
         distill.same_room(run, classroom)
     else:
-        finished = {stage: Run(run.path / FOLDER / stage).provenance for stage in whole.stages}
-        told = {stage: {key: facts[key] for key in ("recipe", "epoch", "top1")} for stage, facts in finished.items()}
-        distributed.first(lambda: run.amend(**distill.facts_of(classroom), stages=told))
+        told = {}
+        for stage in whole.stages:
+            one = Run(run.path / FOLDER / stage)
+            told[stage] = {"recipe": one.provenance["recipe"], "epoch": one.provenance["epoch"], "score": one.score}
+        distributed.on_rank0(lambda: run.amend(**distill.facts_of(classroom), stages=told))
     follow(classroom, distill.go(session, resume=going_on), name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdcli.data import DataSet
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.mentors import classroom
-from kdcli.mentors.classroom import Member
+from kdcli.models.member import Member
 from kdcli.mentors.mentors import Mentors
 from kdcli.models import cards, registry, weights
 from kdcli.models.registry import ModelName, Net

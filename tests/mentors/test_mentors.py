@@ -8,7 +8,7 @@ import torch
 
 from kdcli.data import Batch
 from kdcli.mentors import frozen
-from kdcli.mentors.classroom import Member
+from kdcli.models.member import Member
 from kdcli.mentors.frozen import Frozen
 from kdcli.mentors.mentors import Mentors, worth_compiling
 from kdcli.models import registry, weights

@@ -10,7 +10,7 @@ from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 import kdcli.models.cifar  # noqa: F401  the zoo's names
-from kdcli.mentors.classroom import Member
+from kdcli.models.member import Member
 from kdcli.methods import Lesson, Method, Phase, Room, View
 from kdcli.models.registry import ModelName
 from kdcli.recipe import TrainConfig

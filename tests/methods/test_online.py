@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcli import methods
 from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.losses.online import mutual_loss, peer_loss
-from kdcli.mentors.classroom import Member
+from kdcli.models.member import Member
 from kdcli.methods import Lesson, Phase, Room
 from kdcli.methods.online import Cohort
 from kdcli.recipe import TrainConfig

@@ -16,7 +16,7 @@ from torch import nn
 
 from kdcli.errors import WeightsError
 from kdcli.export.onnx import OnnxModel, export_onnx
-from kdcli.mentors.classroom import Member, from_card
+from kdcli.models.member import Member, from_card
 from kdcli.models import cards, graduates, registry, weights
 from kdcli.models.graduates import Graduate, Spec
 from kdcli.models.registry import ModelName

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kdcli.errors import WeightsError
-from kdcli.mentors.classroom import Member
+from kdcli.models.member import Member
 from kdcli.mentors.frozen import Frozen
 from kdcli.mentors.mentors import Mentors
 from kdcli.models import registry

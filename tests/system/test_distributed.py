@@ -166,30 +166,30 @@ def test_alone_everything_is_handed_back() -> None:
     assert (
         distributed.rank(),
         distributed.world(),
-        distributed.neighbours(),
-        distributed.attempt(),
-        distributed.noise(),
+        distributed.local_ranks(),
+        distributed.restarts(),
+        distributed.seed_offset(),
     ) == (0, 1, 1, 0, ())
     assert distributed.join(kit.CPU, 1) == kit.CPU
     assert shards.whole(view, batch) is view
     assert shards.divide(batch, False) is batch
     assert batch.names is batch
-    assert distributed.parallel(layer, True) is layer
-    assert distributed.first(lambda: 3) == distributed.in_turn(lambda: 3) == 3
-    assert distributed.anyone(True)
-    assert not distributed.anyone(False)
-    assert distributed.begun() is None
-    distributed.begin("runs/x")
-    distributed.part()
+    assert distributed.data_parallel(layer, True) is layer
+    assert distributed.on_rank0(lambda: 3) == distributed.local_rank0_first(lambda: 3) == 3
+    assert distributed.any_rank(True)
+    assert not distributed.any_rank(False)
+    assert distributed.resumable_run() is None
+    distributed.remember_run("runs/x")
+    distributed.shutdown()
 
 
 def test_ranks_are_known_by_the_whole_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "1")
-    assert distributed.expected() == 1  # nobody to meet: some clusters set these two for other ends
+    assert distributed.expected_ranks() == 1  # nobody to meet: some clusters set these two for other ends
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert distributed.expected() == 4
+    assert distributed.expected_ranks() == 4
     with pytest.raises(RecipeError, match="--gpus 2: this process is one of 4 ranks"):
         distributed.join(kit.CPU, 2)
     with pytest.raises(RecipeError, match="ranks compute on cuda or cpu"):
