@@ -83,7 +83,7 @@ def _fit_head(net: Any, pictures: Any) -> None:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (pictures.mean, pictures.std))
     rows, target = [], []
     for batch in pictures.train.plain(256, torch.device("cpu")):
-        rows.append(net.forward_head(net.forward_features((batch.pixels - mean) / std), pre_logits=True))
+        rows.append(net.forward_head(net.forward_features((batch.images - mean) / std), pre_logits=True))
         target.append(batch.target)
     x, y = torch.cat(rows), torch.nn.functional.one_hot(torch.cat(target)).float()
     x = torch.cat([x, torch.ones(len(x), 1)], 1).double()

@@ -17,7 +17,7 @@ from kdcli.errors import RecipeError
 from kdcli.methods.base import Lesson, Method, Phase, Terms
 from kdcli.recipe import DataConfig, Recipe
 from kdcli.system import distributed, shards
-from kdcli.training.evaluate import answers
+from kdcli.training.evaluate import outputs
 from kdcli.workflows import distill
 
 TIMEOUT = 240.0
@@ -82,8 +82,8 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
         "learners": state["learners"][next(iter(state["learners"]))],
         "method": state["method"],
         "rows": run.metrics(),
-        "answers": answers(learner.graduate(), test, kit.CPU, 50),
-        "own": len(shards.own_batches(test, 50)),
+        "answers": outputs(learner.graduate(), test, kit.CPU, 50),
+        "own": len(shards.turns(len(test), 50)[distributed.rank()]),
         "noise": [learner.generator.initial_seed(), torch.default_generator.initial_seed()],
     }
 

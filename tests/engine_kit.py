@@ -20,8 +20,8 @@ from kdcli.models import cards, registry
 from kdcli.models.cards import Card
 from kdcli.recipe import DataConfig, Recipe
 from kdcli.training import loop
-from kdcli.training.loop import EpochEnd, Session, Step
 from kdcli.training.run import Run
+from kdcli.training.session import EpochEnd, Session, Step
 from kdcli.workflows import distill
 
 CPU = torch.device("cpu")
@@ -55,7 +55,6 @@ def add_mentor(arch: str, seed: int) -> Card:
         image_size=8,
         mean=(0.3, 0.3, 0.3),
         std=(0.4, 0.4, 0.4),
-        top1=None,
         epoch=None,
     )
     return cards.add(random_weights(arch, seed), card)
@@ -93,7 +92,7 @@ def recipe(method: str = "nokd", **over: Any) -> Recipe:
     return recipes.from_dict(tables, "test").with_(**over)
 
 
-def seat(config: Recipe) -> Classroom:
+def classroom(config: Recipe) -> Classroom:
     return distill.open_room(config, CPU)[1]
 
 
@@ -101,7 +100,7 @@ def session(
     config: Recipe, path: Path, *, resume: bool = False, keep: set[int] | None = None, room: Classroom | None = None
 ) -> Session:
     """One learner of the recipe's method, its folder laid out unless it is to be resumed."""
-    room = room or seat(config)
+    room = room or classroom(config)
     run = Run(path)
     name = config.method.name
     opened = distill.open_session({name: config}, room, run, {name: run}, keep)

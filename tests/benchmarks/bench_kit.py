@@ -12,8 +12,9 @@ import kdcli.models.cifar  # noqa: F401  (registers cifar_*)
 from kdcli.data import Batch, DataSet, Split
 from kdcli.data.dataset import Pixels
 from kdcli.data.views import Views
-from kdcli.mentors.classroom import Classroom, Member
-from kdcli.models import registry, weights
+from kdcli.mentors.classroom import Classroom
+from kdcli.models import registry
+from kdcli.models.member import Member
 from kdcli.recipe import Recipe
 from kdcli.system import device as devices
 from kdcli.training.learner import Learner
@@ -73,7 +74,7 @@ def _member(name: str, device: torch.device) -> Member:
     for layer in norms:
         layer.momentum = 0.1
     member = Member(net, found, mean=MEAN, std=STD, input_size=32, interpolation="bilinear", num_classes=100)
-    member.digest = weights.digest(net)
+    member.digest = checkpoint.digest(net)
     return member.to(device)
 
 

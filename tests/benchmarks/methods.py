@@ -35,8 +35,8 @@ from kdcli import methods
 from kdcli.errors import KdcliError
 from kdcli.mentors.classroom import Classroom
 from kdcli.training.learner import Learner
-from kdcli.training.loop import Session
 from kdcli.training.run import Run
+from kdcli.training.session import Session
 from kdcli.workflows import distill
 
 STUDENT, TEACHER, PEERS = "cifar_resnet8", "resnet20", ["resnet14", "resnet8"]

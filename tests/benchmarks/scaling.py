@@ -19,8 +19,9 @@ import torch
 from kdcli.data import Stream
 from kdcli.mentors.mentors import Mentors
 from kdcli.system import device as devices
-from kdcli.training.loop import Session, _step
+from kdcli.training.loop import _step
 from kdcli.training.run import Run
+from kdcli.training.session import Session
 
 METHODS = ["classroom", "aver", "kd", "nokd"] * 2
 

@@ -34,8 +34,8 @@ UPDATES = 20  # after which losses are compared
 
 def plain_step(student: nn.Module, mentors: list[nn.Module], optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
     """Algorithm 1, one network after another."""
-    mean, std = (torch.tensor(x, device=batch.pixels.device).view(1, 3, 1, 1) for x in (kit.MEAN, kit.STD))
-    x = (batch.pixels - mean) / std
+    mean, std = (torch.tensor(x, device=batch.images.device).view(1, 3, 1, 1) for x in (kit.MEAN, kit.STD))
+    x = (batch.images - mean) / std
     y_s = student(x)
     with torch.no_grad():
         answers = [mentor(x) for mentor in mentors]
@@ -119,7 +119,7 @@ def main() -> None:
             for n in range(UPDATES):
                 batch = given[n % len(given)]
                 learner.step(batch, how.answer(batch), 0, n, n)
-            ends = learner.tally.means()
+            ends = learner.meter.means()
             total = sum(value for key, value in ends.items() if key.startswith("term/"))
             found = how.answer(given[0])
             assert found is not None

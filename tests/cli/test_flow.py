@@ -98,23 +98,21 @@ def test_a_run_that_was_stopped_is_resumed_by_its_own_command(mentors, here, com
     import os
     import signal
 
-    from kdcli.training import loop
-
     asked = ["--model", PEER, "--data", "digits"] if command == "train" else [*CLASSROOM]
     more = ["--seeds", "1", "--methods", "kd"] if command == "compare" else []
     tiny = [*TINY, "--epochs", "2"]
     kdcli(command, *asked, *more, *tiny, "--out", "whole")
-    whole = loop.Session.checkpoint
+    whole = session.Session.checkpoint
 
     def stop(session, epoch, batch):
         whole(session, epoch, batch)
         if (epoch, batch) == (1, 0):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop.Session, "checkpoint", stop)
+    monkeypatch.setattr(session.Session, "checkpoint", stop)
     said = kdcli(command, *asked, *more, *tiny, "--out", "runs/stopped", code=130)
     assert "--resume runs/stopped" in said.err
-    monkeypatch.setattr(loop.Session, "checkpoint", whole)
+    monkeypatch.setattr(session.Session, "checkpoint", whole)
     assert "stopped" in kdcli("runs", "ls").out
     assert kdcli("runs", "show", "stopped").next == f"kdcli {command} --resume runs/stopped"
     other = "train" if command == "distill" else "distill"

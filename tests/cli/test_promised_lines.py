@@ -124,7 +124,6 @@ def test_pretrained_weights_teach_the_classes_they_share_by_wordnet_id(imagenet,
     ).json
     assert scored["per_class"].keys() == {"tench", "parachute"}
     from kdcli.data import open_data
-    from kdcli.mentors.classroom import seat
 
     recipe = recipes.Recipe().with_(**{
         "data.name": "imagenet", "data.image_size": 32, "classroom.student": "cifar_resnet8",

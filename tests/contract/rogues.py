@@ -26,7 +26,7 @@ class Honest(Method):
         return {"student": self.room.student, "peer": self.peer}
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        task, student, peer = lesson.task, lesson.views["student"].out, lesson.views["peer"].out
+        task, student, peer = lesson.task, lesson.outputs["student"].out, lesson.outputs["peer"].out
         both = task.soft(student, peer.detach(), self.tau).mean() + task.soft(peer, student.detach(), self.tau).mean()
         adapted = self.adapter(student.float().tanh())
         noise = torch.randn(adapted.shape, generator=lesson.generator, device=adapted.device)
@@ -146,7 +146,7 @@ class Counts(Plain):
 
 class Undetached(Honest):
     def loss(self, lesson, phase):
-        student, peer = lesson.views["student"].out, lesson.views["peer"].out
+        student, peer = lesson.outputs["student"].out, lesson.outputs["peer"].out
         return {**super().loss(lesson, phase), "mutual": lesson.task.soft(student, peer, 1.0).mean()}
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from kdcli.data import AUGMENTS, Stream, listing, open_data
+from kdcli.data import AUGMENTS, Stream, available, open_data
 from kdcli.data.dataset import Pixels
 from kdcli.data.workers import Files
 from kdcli.errors import DataError, KdcliError
@@ -52,8 +52,8 @@ def test_imagenet_real(imagenette):
     picture = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
     assert data.test.take(1)[0].mul(255).round().byte().equal(v2.CenterCrop(224)(v2.Resize(256)(picture)))
     batch = next(Stream(data, 8, seed=0).epoch(0))
-    assert batch.pixels.shape == (8, 3, 224, 224)
-    assert Stream(data, 8, seed=0).again(batch.index, batch.view).equal(batch.pixels)
+    assert batch.images.shape == (8, 3, 224, 224)
+    assert Stream(data, 8, seed=0).again(batch.index, batch.view).equal(batch.images)
 
 
 def test_bare_imagenet_is_looked_for_in_the_data_root(imagenette, tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_bare_imagenet_is_looked_for_in_the_data_root(imagenette, tmp_path, monk
     (tmp_path / "imagenet").symlink_to(imagenette)
     under = open_data(DataConfig(name="imagenet", root=str(tmp_path)))
     assert itself.hash == under.hash
-    row = next(r for r in listing(str(tmp_path)) if r["name"] == "imagenet")
+    row = next(r for r in available(str(tmp_path)) if r["name"] == "imagenet")
     assert (row["images"], row["classes"], row["present"]) == (2000, 10, True)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from kdcli.cli import options
-from kdcli.data import Stream, listing as available, open_data, pack, packing
+from kdcli.data import Stream, available, open_data, pack, packing
 from kdcli.data.pack import encoded
 from kdcli.errors import DataError, KdcliError, RecipeError
 from kdcli.recipe import DataConfig
@@ -59,7 +59,7 @@ def test_small_jpegs_are_packed_as_they_are_and_read_as_from_the_folder(pets):
     for keys in ({}, {"image_size": 72, "workers": 2}, {"holdout": 0.2, "per_class": 5}):
         a, b = opened(f"folder:{pets}", **keys), opened(f"pack:{done.path}", **keys)
         assert (a.hash, a.classes, a.mean, a.std, a.wnids) == (b.hash, b.classes, b.mean, b.std, b.wnids)
-        assert b.pixels != b.hash == a.pixels
+        assert b.images != b.hash == a.images
         assert all(
             same(*pair) for pair in zip(Stream(a, 4, seed=1).epoch(2), Stream(b, 4, seed=1).epoch(2), strict=True)
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision.datasets
 
-from kdcli.data import Stream, listing, open_data
+from kdcli.data import Stream, available, open_data
 from kdcli.data.dataset import Pixels
 from kdcli.data.split import stratified
 from kdcli.errors import DataError, KdcliError, RecipeError
@@ -46,7 +46,7 @@ def test_digits_pixels_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     data = open_data(DataConfig(name="digits", image_size=8))
-    ours = torch.cat([b.pixels[:, 0] for split in (data.train, data.test) for b in split.plain(500)])
+    ours = torch.cat([b.images[:, 0] for split in (data.train, data.test) for b in split.plain(500)])
     theirs = torch.tensor(load_digits(return_X_y=True)[0] / 16).float().view(-1, 8, 8)
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours.sum((1, 2)).sort().values, theirs.sum((1, 2)).sort().values, atol=0.1, rtol=0)
@@ -94,7 +94,7 @@ def test_holdout_is_stratified_and_apart(npz):
     assert data.hash == full.hash
     batch = next(data.holdout.plain(20))
     with np.load(path) as file:
-        assert (batch.pixels * 255).round().byte().numpy().transpose(0, 2, 3, 1).tolist() == (
+        assert (batch.images * 255).round().byte().numpy().transpose(0, 2, 3, 1).tolist() == (
             file["train_images"][batch.index.numpy()].tolist()
         )
         assert batch.target.numpy().tolist() == file["train_labels"][batch.index.numpy()].tolist()
@@ -133,7 +133,7 @@ def test_npz_real_images(cifar_npz):
     np.testing.assert_allclose(data.std, (0.2470, 0.2435, 0.2616), atol=0.01)
     with np.load(cifar_npz) as file:
         last = list(data.test.plain(999))[-1]
-        assert ((last.pixels * 255).round().byte().permute(0, 2, 3, 1).numpy() == file["test_images"][-5:]).all()
+        assert ((last.images * 255).round().byte().permute(0, 2, 3, 1).numpy() == file["test_images"][-5:]).all()
     assert len(Stream(data, 64, seed=0)) == 79
 
 
@@ -170,7 +170,7 @@ def test_npz_float_is_stored_as_it_is(npz):
     distilled = np.random.default_rng(0).normal(0, 2, (40, 16, 16, 3)).astype(np.float32)
     data = opened(npz(train_images=distilled, size=16), augment="none")
     batch = next(Stream(data, 40, seed=0).epoch(0))
-    assert (batch.pixels.permute(0, 2, 3, 1).numpy() == distilled[batch.index.numpy()]).all()
+    assert (batch.images.permute(0, 2, 3, 1).numpy() == distilled[batch.index.numpy()]).all()
     np.testing.assert_allclose(data.std, (2, 2, 2), atol=0.1)
     error = refused(npz(train_images=distilled, size=16), RecipeError, augment="disk")
     assert "8-bit" in error.message
@@ -240,7 +240,7 @@ def test_npz_is_found_in_the_data_root(npz, monkeypatch):
     assert len(open_data(DataConfig(name="npz:mine.npz", root=str(path.parent))).train) == 40
     monkeypatch.setenv("KDCLI_DATA", str(path.parent))
     assert open_data(DataConfig(name="npz:mine.npz")).name == "npz:mine.npz"
-    row = next(r for r in listing() if r["name"] == "npz:mine.npz")
+    row = next(r for r in available() if r["name"] == "npz:mine.npz")
     assert (row["images"], row["classes"], row["present"]) == (60, 4, True)
 
 
@@ -304,8 +304,8 @@ def test_no_batch_reads_from_the_device(tiny_cifar, augment, home):
         assert isinstance(split.store, Pixels)
         assert split.store.pixels.device.type == home
     for batch in (*Stream(data, 64, seed=0, device="meta").epoch(0), *data.test.plain(64, "meta")):
-        assert {x.device.type for x in (batch.pixels, batch.target, batch.index, batch.view)} == {"meta"}
-        assert batch.pixels.dtype == torch.float32
+        assert {x.device.type for x in (batch.images, batch.target, batch.index, batch.view)} == {"meta"}
+        assert batch.images.dtype == torch.float32
 
 
 def test_cifar_through_torchvision(tiny_cifar):
@@ -316,7 +316,7 @@ def test_cifar_through_torchvision(tiny_cifar):
     assert (data.mean, data.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     raw = pickle.loads((tiny_cifar / "cifar-100-python" / "test").read_bytes())["data"].reshape(-1, 3, 32, 32)
     assert (next(data.test.plain(100)).pixels * 255).round().byte().numpy().tolist() == raw.tolist()
-    assert next(r for r in listing(str(tiny_cifar)) if r["name"] == "cifar100")["present"]
+    assert next(r for r in available(str(tiny_cifar)) if r["name"] == "cifar100")["present"]
 
 
 def test_cifar_archive_is_unpacked_where_it_was_put(tiny_cifar):
@@ -335,6 +335,6 @@ def test_cifar_without_network_says_where_to_put_it(tmp_path, monkeypatch):
 
 
 def test_available_without_a_root(tmp_path):
-    rows = {row["name"]: row for row in listing(str(tmp_path / "none"))}
+    rows = {row["name"]: row for row in available(str(tmp_path / "none"))}
     assert rows["digits"]["present"]
     assert not any(rows[name]["present"] for name in ("cifar10", "cifar100", "imagenet"))

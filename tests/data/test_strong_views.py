@@ -127,14 +127,14 @@ def test_mixed_images_are_refused(data, mix):
 def test_micro_batches_and_devices_keep_it(data):
     batch = next(Stream(data, 10, seed=0, strong=True).epoch(0))
     assert batch.strong is not None
-    part = shards.micro(batch, 4, 8)
+    part = batch.micro(4, 8)
     assert part.strong is not None
     assert part.strong.equal(batch.strong[4:8])
     moved = batch.to("cpu")
     assert moved.strong is not None
     assert moved.strong.equal(batch.strong)
     bare = next(Stream(data, 10, seed=0).epoch(0))
-    assert shards.micro(bare, 4, 8).strong is None
+    assert bare.micro(4, 8).strong is None
     assert bare.to("cpu").strong is None
 
 
@@ -144,13 +144,13 @@ def test_each_rank_draws_its_own_rows(data, monkeypatch):
     monkeypatch.setattr(distributed, "alone", lambda: False)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shards._layout.cache_clear()
+        shards.layout.cache_clear()
         for own, batch in zip(Stream(data, 14, seed=3, strong=True).epoch(1), alone, strict=True):
             rows = [batch.index.tolist().index(i) for i in own.index.tolist()]
             assert own.strong is not None
             assert batch.strong is not None
             assert own.strong.equal(batch.strong[rows])
-            part = shards.micro(own, 0, 6)
+            part = own.micro(0, 6)
             assert part.strong is not None
             assert part.strong.equal(own.strong[: len(part.index)])
-    shards._layout.cache_clear()
+    shards.layout.cache_clear()

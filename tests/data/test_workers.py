@@ -341,7 +341,7 @@ def test_pixels_of_a_gpu_go_by_another_name(folder, monkeypatch):
     monkeypatch.setattr(decode_cuda, "unable", lambda device: "")
     path = folder()
     here, there = (opened(path, decode=where) for where in ("cpu", "cuda"))
-    assert here.hash == there.hash == here.pixels != there.pixels
+    assert here.hash == there.hash == here.images != there.images
     assert isinstance(there.train.store, decode_cuda.GpuFiles)
 
 

@@ -56,7 +56,7 @@ def test_resident_and_host_banks_answer_alike_without_waiting(over: dict[str, ob
             assert answer is not None
             assert first is not None
             assert answer.out.equal(first.out)
-    assert mentors.words() == late.words() == host.words() == []
+    assert mentors.bank_warnings() == late.bank_warnings() == host.bank_warnings() == []
 
 
 def test_a_bank_filled_on_the_cpu_is_trusted_on_cuda(tmp_path: Path) -> None:
@@ -67,4 +67,4 @@ def test_a_bank_filled_on_the_cpu_is_trusted_on_cuda(tmp_path: Path) -> None:
     for batch in stream.epoch(0):
         mentors.answer(batch)
     mentors.flush()
-    assert mentors.words() == []
+    assert mentors.bank_warnings() == []

@@ -7,12 +7,13 @@ import torch
 
 from kdcli.data import open_data
 from kdcli.mentors.mentors import Mentors
-from kdcli.models import cards, weights
+from kdcli.models import cards
 from kdcli.recipe import Recipe
 from kdcli.system.cuda_graph import Captured
 from kdcli.training import loop
-from kdcli.training.learner import Learner, card
+from kdcli.training.learner import Learner
 from kdcli.training.run import Run
+from kdcli.training.student import card
 from kdcli.workflows import distill
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -39,7 +40,7 @@ def _mentors(_own_home: object) -> None:
             if isinstance(module, torch.nn.BatchNorm2d):
                 torch.nn.init.uniform_(module.weight, 0.5, 1.5)
         cards.add(member.net.state_dict(), card(member, data, None, 50.0, "test"))
-        assert weights.digest(member.net)
+        assert checkpoint.digest(member.net)
 
 
 def _trained(recipe: Recipe, device: str, folder: object) -> tuple[Learner, list[float]]:
@@ -80,7 +81,7 @@ def test_a_step_never_waits_for_the_device(tmp_path) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     learner.check()
-    assert learner.tally.batches == len(batches)
+    assert learner.meter.batches == len(batches)
 
 
 @pytest.mark.usefixtures("_mentors")
@@ -88,7 +89,7 @@ def test_bfloat16_mentors_and_student_train(tmp_path) -> None:
     recipe = _recipe(**{"train.precision": "bf16", "classroom.precision": "bf16"})
     learner, _ = _trained(recipe, "cuda", tmp_path)
     assert isinstance(learner, Learner)
-    assert learner.tally.means()["term/hard"] > 0
+    assert learner.meter.means()["term/hard"] > 0
 
 
 @pytest.mark.usefixtures("_mentors")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdcli.losses.classifier import head_logits, ofa_loss, standardise
+from kdcli.losses.classifier import ofa_loss, standardise
 from kdcli.losses.classroom_kd import soft_loss
 
 STUDENT = [[1.0, 0.5, -0.5], [0.2, 0.1, 0.3]]

@@ -21,14 +21,15 @@ from kdcli.data import Batch, Stream
 from kdcli.errors import DataError, InterruptedRun, RecipeError, WeightsError
 from kdcli.mentors import bank_build, bank_files
 from kdcli.mentors.bank import Bank
-from kdcli.mentors.classroom import Classroom, Member
+from kdcli.mentors.classroom import Classroom
 from kdcli.mentors.mentors import Mentors
-from kdcli.methods import View
 from kdcli.models import registry
+from kdcli.models.member import Member
+from kdcli.models.outputs import Output
 from kdcli.recipe import Recipe
 from kdcli.training import learner
-from kdcli.training.loop import Notice
 from kdcli.training.run import Run
+from kdcli.training.session import Notice
 from kdcli.workflows import check, compare, distill
 
 BANKED = {"classroom.bank": True}
@@ -79,7 +80,7 @@ def raise_signal(number: int) -> None:
 
 
 def test_banked_answers_are_the_live_ones_in_float16() -> None:
-    room = kit.seat(banked())
+    room = kit.classroom(banked())
     mentors = bank_build.open_mentors(room, banked())
     stream = Stream(room.data, 8, seed=0)
     for batch in stream.epoch(0):
@@ -88,7 +89,7 @@ def test_banked_answers_are_the_live_ones_in_float16() -> None:
         assert answer.out.shape == (2, len(batch), 10)
         assert not answer.out.is_inference()
         with torch.no_grad():
-            live = torch.stack([member(batch.pixels) for member in mentors.members])
+            live = torch.stack([member(batch.images) for member in mentors.members])
         assert (answer.out - live).abs().max() < 2**-10 * live.abs().max()
         again = mentors.answer(batch)
         assert again is not None
@@ -99,14 +100,14 @@ def test_banked_answers_are_the_live_ones_in_float16() -> None:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_an_answer_has_the_same_bits_whatever_it_is_asked_with(workers: int) -> None:
     """As float32, before any rounding: what a CPU's kernels do depends on the size of the batch alone."""
-    room = kit.seat(banked())
+    room = kit.classroom(banked())
     mentors = Mentors(room.mentors, "fp32", kit.CPU, workers=workers)
     pixels = next(room.data.train.plain(30)).pixels
-    whole = [one.out for one in mentors.ask_alike(pixels, [0, 1])]
+    whole = [one.out for one in mentors.run_fixed_batch(pixels, [0, 1])]
     for rows in (torch.tensor([7]), torch.tensor([3, 28]), torch.arange(29, 4, -1), torch.randperm(30)[:17]):
-        some = [one.out for one in mentors.ask_alike(pixels[rows], [0, 1])]
+        some = [one.out for one in mentors.run_fixed_batch(pixels[rows], [0, 1])]
         assert all(a.equal(b[rows]) for a, b in zip(some, whole, strict=True))
-    assert mentors.ask_alike(pixels[:3], [1])[0].out.equal(whole[1][:3])
+    assert mentors.run_fixed_batch(pixels[:3], [1])[0].out.equal(whole[1][:3])
 
 
 @pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}, {"classroom.bank_pooled": True}], ids=str)
@@ -199,7 +200,7 @@ def test_a_run_killed_while_it_writes_to_a_bank_ends_with_the_same_bits(
     again = kit.session(config, tmp_path / "run", resume=True)
     assert 0 < again.mentors.banks[0].filled < 1
     kit.drive(distill.go(again, resume=True))
-    assert again.mentors.words() == []  # what had no checksum was not there, not damaged
+    assert again.mentors.bank_warnings() == []  # what had no checksum was not there, not damaged
     without_banks()
     assert kit.same(weights_of(again.run), weights_of(kit.trained(config, tmp_path / "whole")))
 
@@ -307,7 +308,7 @@ def test_a_mentor_that_answers_beyond_float16_is_named(tmp_path: Path) -> None:
 
 def test_methods_seeds_and_commands_share_one_bank(tmp_path: Path) -> None:
     config = banked()
-    room = kit.seat(config)
+    room = kit.classroom(config)
     first = compare.open_session(config, ["aver", "classroom"], [0, 1], room, Run(tmp_path / "compare"))
     compare.start(first, room, config, ["aver", "classroom"], [0, 1])
     kit.drive(compare.go(first))
@@ -346,7 +347,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "interpolation": {"member.interpolation": "nearest"},
     "class map": {"member.class_index": torch.arange(9, -1, -1)},
     "classes": {"member.num_classes": 11},
-    "pixels": {"data.pixels": "packed"},
+    "pixels": {"data.images": "packed"},
     "files left out": {"data.skipped": ["a.jpg"]},
     "image size": {"data.image_size": 16},
     "augmentation": {"data.augment": "flip"},
@@ -359,16 +360,16 @@ OTHER: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("what", OTHER)
 def test_whatever_an_answer_depends_on_makes_another_bank(what: str) -> None:
-    before = bank_files.id_of(changed(kit.seat(banked())))
-    assert bank_files.id_of(changed(kit.seat(banked()))) == before
-    assert bank_files.id_of(changed(kit.seat(banked()), **OTHER[what])) != before
+    before = bank_files.id_of(changed(kit.classroom(banked())))
+    assert bank_files.id_of(changed(kit.classroom(banked()))) == before
+    assert bank_files.id_of(changed(kit.classroom(banked()), **OTHER[what])) != before
 
 
 def test_what_an_answer_does_not_depend_on_shares_the_bank() -> None:
-    before = bank_files.id_of(changed(kit.seat(banked())))
+    before = bank_files.id_of(changed(kit.classroom(banked())))
     for over in ({"data.seed": 5}, {"train.batch_size": 16}, {"train.seed": 3}, {"classroom.student": "cifar_resnet8"}):
         config = banked(**over)
-        room = kit.seat(config)
+        room = kit.classroom(config)
         same = over != {"data.seed": 5}  # thirty digits of 1,437 are numbered by themselves, and a seed chooses others
         assert (bank_files.id_of(bank_build.identity(room.mentors[0], room.data, "fp32", config)) == before) == same
 
@@ -376,7 +377,7 @@ def test_what_an_answer_does_not_depend_on_shares_the_bank() -> None:
 def test_runs_on_most_of_the_images_share_a_bank_of_all() -> None:
     def opened(**over: Any) -> Bank:
         config = banked(**{"data.per_class": None, **over})
-        return bank_build.open_mentors(kit.seat(config), config).banks[0]
+        return bank_build.open_mentors(kit.classroom(config), config).banks[0]
 
     whole, part, other = opened(), opened(**{"data.holdout": 0.2}), opened(**{"data.holdout": 0.3, "data.seed": 4})
     assert whole.id == part.id == other.id
@@ -405,9 +406,9 @@ def test_plain_images_are_answered_live_and_not_kept(tmp_path: Path) -> None:
     answer = opened.mentors.answer(batch)
     assert answer is not None
     with torch.no_grad():
-        torch.testing.assert_close(answer.out[0], opened.mentors.members[0](batch.pixels), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(answer.out[0], opened.mentors.members[0](batch.images), rtol=1e-3, atol=1e-3)
     assert opened.mentors.banks[0].filled == 0
-    nameless = Batch(batch.pixels, batch.target, batch.index, batch.view)
+    nameless = Batch(batch.images, batch.target, batch.index, batch.view)
     again = opened.mentors.answer(nameless)
     assert again is not None
     assert again.out.equal(answer.out)
@@ -466,7 +467,7 @@ def test_a_method_that_reads_more_than_a_bank_answers_is_named(
     needs: set[str], over: dict[str, Any], says: str
 ) -> None:
     config = banked("aver", **over)
-    room, method = kit.seat(config), methods.build("aver", {})
+    room, method = kit.classroom(config), methods.build("aver", {})
     method.needs = frozenset(needs)
     if not says:
         learner.check_method(method, config, room)
@@ -489,7 +490,7 @@ def test_a_learner_without_mentors_makes_no_bank(tmp_path: Path) -> None:
 def test_banks_are_noted_and_in_the_provenance(tmp_path: Path) -> None:
     config = banked(**{"classroom.bank_top": 3})
     kit.trained(config, tmp_path / "cold")
-    room = kit.seat(config)
+    room = kit.classroom(config)
     warm = kit.session(config, tmp_path / "warm", room=room)
     note = next(value for key, value, _ in room.notes if key == "bank of cifar_resnet14")
     bank = warm.mentors.banks[0]
@@ -515,7 +516,7 @@ def test_check_says_what_banks_take_and_makes_none() -> None:
 
 
 def built(config: Recipe, epochs: int | None = None) -> tuple[list[tuple[int, int]], Mentors]:
-    room = kit.seat(config)
+    room = kit.classroom(config)
     mentors = bank_build.open_mentors(room, config)
     return list(bank_build.build(mentors, room, config, epochs)), mentors
 
@@ -527,7 +528,7 @@ def test_a_built_bank_holds_every_view_and_a_second_building_asks_nobody(tmp_pat
     views = mentors.banks[0].views
     assert steps[-1] == (20 * views, 20 * views)
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
-    room = kit.seat(config)
+    room = kit.classroom(config)
     again = bank_build.open_mentors(room, config)
     silence(again)
     assert [*bank_build.build(again, room, config, None)][-1] == (20 * views, 20 * views)
@@ -558,7 +559,7 @@ def test_a_bank_built_for_some_epochs_holds_what_a_run_of_them_meets(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_building_goes_on_where_it_stopped(number: int) -> None:
     config = banked(**{"data.per_class": 2})
-    room = kit.seat(config)
+    room = kit.classroom(config)
     mentors = bank_build.open_mentors(room, config)
     seen = 0
 
@@ -594,9 +595,9 @@ def test_pooled_features_are_banked_beside_the_logits(tmp_path: Path) -> None:
     answer = cold.mentors.answer(batch)
     silence(cold.mentors)
     again = cold.mentors.answer(batch)
-    live = Mentors(kit.seat(config).mentors, "fp32", kit.CPU, needs=frozenset({"pooled"})).answer(batch)
+    live = Mentors(kit.classroom(config).mentors, "fp32", kit.CPU, needs=frozenset({"pooled"})).answer(batch)
     for one in (answer, again, live):
-        assert isinstance(one, View)
+        assert isinstance(one, Output)
         assert isinstance(one.pooled, tuple)
         assert [some.shape for some in one.pooled] == [(8, 64), (8, 64)]
     assert answer is not None
@@ -606,7 +607,7 @@ def test_pooled_features_are_banked_beside_the_logits(tmp_path: Path) -> None:
         assert a.equal(b)
         assert (a - c).abs().max() <= 2**-10 * c.abs().max()
         assert not c.is_inference()
-    without = Mentors(kit.seat(config).mentors, "fp32", kit.CPU).answer(batch)
+    without = Mentors(kit.classroom(config).mentors, "fp32", kit.CPU).answer(batch)
     assert without is not None
     assert without.pooled is None
 
@@ -661,7 +662,7 @@ def test_a_network_with_two_heads_has_no_penultimate_vector() -> None:
 
 
 def test_threads_that_share_a_mentor_look_each_for_itself() -> None:
-    room = kit.seat(banked())
+    room = kit.classroom(banked())
     pixels = next(room.data.train.plain(30)).pixels
     one = Mentors(room.mentors, "fp32", kit.CPU, workers=1, needs=frozenset({"pooled"})).ask(pixels, [0, 1], 10)
     many = Mentors(room.mentors, "fp32", kit.CPU, workers=3, needs=frozenset({"pooled"})).ask(pixels, [0, 1], 10)

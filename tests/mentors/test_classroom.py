@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from kdcli.data import DataSet
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.mentors import classroom
-from kdcli.models.member import Member
 from kdcli.mentors.mentors import Mentors
 from kdcli.models import cards, registry, weights
+from kdcli.models.member import Member
 from kdcli.models.registry import ModelName, Net
 from kdcli.recipe import ClassroomConfig
 from kdcli.workflows import distill
@@ -87,7 +87,7 @@ def test_a_224_pixel_mentor_of_more_classes_teaches_a_small_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the whole way: names, class map, reading, stream, loss."""
-    digits = kit.seat(kit.recipe()).data.classes
+    digits = kit.classroom(kit.recipe()).data.classes
     eye, create, choose = Eye(12), registry.create, weights.choose
 
     def fake_create(name: ModelName, *args: Any, **options: Any) -> Net:
@@ -118,7 +118,7 @@ def test_a_224_pixel_mentor_of_more_classes_teaches_a_small_student(
     assert min(float(x.min()) for x in eye.shown) >= low - 1.5  # bicubic overshoots a little
     assert max(float(x.max()) for x in eye.shown) <= high + 1.5
     assert 0 < run.metrics()[0]["mark/resnet18"] <= 1
-    room = kit.seat(config)
+    room = kit.classroom(config)
     found = Mentors(room.mentors, "fp32", kit.CPU).answer(next(room.data.test.plain(3)))
     assert found is not None
     assert found.out[0, 0].tolist() == [float(11 - k) for k in range(10)]  # reversed, after the two animals
@@ -128,7 +128,7 @@ def test_a_224_pixel_mentor_of_more_classes_teaches_a_small_student(
 
 
 def data(classes: list[str], wnids: list[str] | None = None) -> DataSet:
-    return replace(kit.seat(kit.recipe()).data, classes=classes, wnids=wnids)
+    return replace(kit.classroom(kit.recipe()).data, classes=classes, wnids=wnids)
 
 
 def mapped(of: DataSet, how: Any, labels: list[str] | None, wnids: list[str] | None = None) -> list[int] | None:
@@ -203,10 +203,10 @@ def test_without_a_map_the_counts_must_agree() -> None:
 
 
 def test_a_students_first_weights_depend_on_the_training_seed_alone() -> None:
-    room = kit.seat(kit.recipe())
+    room = kit.classroom(kit.recipe())
     first = room.student(3).state_dict()
     torch.manual_seed(12345)
-    other = kit.seat(kit.recipe("classroom", **{"data.seed": 9, "train.lr": 0.1}))
+    other = kit.classroom(kit.recipe("classroom", **{"data.seed": 9, "train.lr": 0.1}))
     before = torch.get_rng_state()
     again = other.student(3).state_dict()
     assert kit.same(dict(first), dict(again))
@@ -215,14 +215,14 @@ def test_a_students_first_weights_depend_on_the_training_seed_alone() -> None:
 
 
 def test_a_student_reads_as_its_data_and_mentors_as_their_cards() -> None:
-    room = kit.seat(kit.recipe("classroom"))
+    room = kit.classroom(kit.recipe("classroom"))
     student = room.student(0)
     assert (student.mean, student.std, student.input_size) == (room.data.mean, room.data.std, 8)
     assert not student.digest
     for mentor in room.mentors:
         assert mentor.mean == (0.3, 0.3, 0.3)
         assert mentor.std == (0.4, 0.4, 0.4)
-        assert mentor.digest == weights.digest(mentor.net)
+        assert mentor.digest == checkpoint.digest(mentor.net)
         assert mentor.num_classes == 10
         assert not mentor.training
         assert not any(p.requires_grad for p in mentor.parameters())
@@ -233,25 +233,27 @@ def test_a_student_reads_as_its_data_and_mentors_as_their_cards() -> None:
 
 def test_the_same_network_twice_gets_a_number() -> None:
     same = kit.MENTORS[0]
-    room = kit.seat(kit.recipe("aver", **{"classroom.teacher": same, "classroom.peers": [same, kit.MENTORS[1], same]}))
+    room = kit.classroom(
+        kit.recipe("aver", **{"classroom.teacher": same, "classroom.peers": [same, kit.MENTORS[1], same]})
+    )
     assert [mentor.name for mentor in room.mentors] == [same, f"{same}#2", kit.MENTORS[1], f"{same}#3"]
     assert len(distill.facts_of(room)["mentors"]) == 4
 
 
 def test_nobody_is_seated_without_a_name() -> None:
-    room = kit.seat(kit.recipe())
+    room = kit.classroom(kit.recipe())
     nobody = kit.recipe().model_copy(update={"classroom": ClassroomConfig()})
     with pytest.raises(RecipeError, match="no student is named") as caught:
-        classroom.seat(nobody, room.data, kit.CPU)
+        classroom.build_classroom(nobody, room.data, kit.CPU)
     assert "--student" in caught.value.hint
     headless = ClassroomConfig(student="cifar_resnet8", peers=["cifar_resnet8"])
     with pytest.raises(RecipeError, match="peers without a teacher"):
-        classroom.seat(kit.recipe().model_copy(update={"classroom": headless}), room.data, kit.CPU)
+        classroom.build_classroom(kit.recipe().model_copy(update={"classroom": headless}), room.data, kit.CPU)
 
 
 def test_an_untrained_mentor_is_refused_with_the_command_that_trains_it() -> None:
     with pytest.raises(WeightsError, match="cifar_resnet20") as caught:
-        kit.seat(kit.recipe("kd", **{"classroom.teacher": "cifar_resnet20"}))
+        kit.classroom(kit.recipe("kd", **{"classroom.teacher": "cifar_resnet20"}))
     assert "kdcli train --model cifar_resnet20 --data digits" in caught.value.hint
     assert caught.value.exit_code == 3
 
@@ -262,12 +264,12 @@ def test_no_mentor_is_loaded_where_none_is_wanted() -> None:
 
 
 def test_a_member_is_made_again_from_its_card() -> None:
-    card = cards.find("cifar_resnet8", kit.seat(kit.recipe()).data.hash)
+    card = cards.find("cifar_resnet8", kit.classroom(kit.recipe()).data.hash)
     assert card is not None
     path = cards.weights_path(card)
     assert path is not None
-    found = classroom.from_card(card, weights.load_state(path))
-    seated = kit.seat(kit.recipe("aver")).mentors[1]
+    found = classroom.from_card(card, checkpoint.load_state(path))
+    seated = kit.classroom(kit.recipe("aver")).mentors[1]
     pixels = torch.rand(4, 3, 8, 8)
     assert torch.equal(found(pixels), seated(pixels))
     assert not found.training

@@ -8,10 +8,10 @@ import torch
 
 from kdcli.data import Batch
 from kdcli.mentors import frozen
-from kdcli.models.member import Member
 from kdcli.mentors.frozen import Frozen
 from kdcli.mentors.mentors import Mentors, worth_compiling
-from kdcli.models import registry, weights
+from kdcli.models import registry
+from kdcli.models.member import Member
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +20,11 @@ def _zoo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def members() -> list[Member]:
-    return kit.seat(kit.recipe("classroom")).mentors
+    return kit.classroom(kit.recipe("classroom")).mentors
 
 
 def batch(n: int = 24) -> Batch:
-    return next(kit.seat(kit.recipe()).data.test.plain(n))
+    return next(kit.classroom(kit.recipe()).data.test.plain(n))
 
 
 def test_answers_are_stacked_the_teacher_first() -> None:
@@ -73,11 +73,11 @@ def test_bf16_mentors_answer_almost_alike_and_in_channels_last() -> None:
 
 def test_mentors_are_frozen_and_in_eval_mode_whatever_they_were() -> None:
     awake = [member.train().requires_grad_(True) for member in members()]
-    before = [weights.digest(member.net) for member in awake]  # running statistics too
+    before = [checkpoint.digest(member.net) for member in awake]  # running statistics too
     Mentors(awake, "fp32", kit.CPU).answer(batch())
     assert not any(module.training for member in awake for module in member.modules())
     assert not any(p.requires_grad for member in awake for p in member.parameters())
-    assert [weights.digest(member.net) for member in awake] == before
+    assert [checkpoint.digest(member.net) for member in awake] == before
 
 
 def test_a_classroom_without_mentors_answers_nothing() -> None:
@@ -144,7 +144,7 @@ FAMILIES = {  # network, size, batch norms that no convolution comes before
 def test_folded_networks_answer_as_the_eager_ones(arch: str) -> None:
     size, left = FAMILIES[arch]
     member = seated(arch, size)
-    before = weights.digest(member.net)
+    before = checkpoint.digest(member.net)
     pixels = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(1))
     quick = Frozen(member, "fp32", kit.CPU)
     assert norms(quick.net) == left
@@ -152,7 +152,7 @@ def test_folded_networks_answer_as_the_eager_ones(arch: str) -> None:
     with torch.no_grad():
         reference = member(pixels)
     torch.testing.assert_close(quick(pixels).out, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
-    assert weights.digest(member.net) == before
+    assert checkpoint.digest(member.net) == before
 
 
 def test_a_network_that_cannot_be_followed_is_taken_as_it_is() -> None:
@@ -238,7 +238,9 @@ def test_only_much_work_is_worth_compiling() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_answers_ahead_are_those_of_one_batch_after_another(ahead: int, workers: int) -> None:
     two = members()
-    some = list(kit.seat(kit.recipe()).data.test.subset(torch.arange(83)).plain(16))  # five batches and a short one
+    some = list(
+        kit.classroom(kit.recipe()).data.test.subset(torch.arange(83)).plain(16)
+    )  # five batches and a short one
     one = list(Mentors(two, "fp32", kit.CPU, workers=1).taught(some))
     ahead_of = list(Mentors(two, "fp32", kit.CPU, workers=workers, ahead=ahead).taught(some))
     assert [len(b) for b, _ in ahead_of] == [16] * 5 + [3]
@@ -253,7 +255,7 @@ def test_no_more_batches_are_drawn_than_are_answered() -> None:
     drawn = []
 
     def batches():
-        for n, one in enumerate(kit.seat(kit.recipe()).data.test.plain(16)):
+        for n, one in enumerate(kit.classroom(kit.recipe()).data.test.plain(16)):
             drawn.append(n)
             yield one
 
@@ -266,7 +268,7 @@ def test_no_more_batches_are_drawn_than_are_answered() -> None:
 
 
 def test_looking_ahead_goes_as_far_as_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = list(kit.seat(kit.recipe()).data.test.plain(16))[:16]
+    some = list(kit.classroom(kit.recipe()).data.test.plain(16))[:16]
     mentors = Mentors(members(), "fp32", kit.CPU)
     for seconds, expected in [
         ({1: 1.0, 2: 1.1}, 1),  # a CPU

@@ -10,8 +10,9 @@ from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 import kdcli.models.cifar  # noqa: F401  the zoo's names
+from kdcli.methods import Lesson, Method, Phase, SetupContext
 from kdcli.models.member import Member
-from kdcli.methods import Lesson, Method, Phase, Room, View
+from kdcli.models.outputs import Output
 from kdcli.models.registry import ModelName
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
@@ -86,7 +87,7 @@ class Class:
         self.config = TrainConfig(**{"batch_size": batch, "epochs": 4, **train})
         data = SimpleNamespace(train=range(24), classes=[str(k) for k in range(K)])
         seat: Any = None
-        method.room = Room(self.student, [self.teacher], cast(Any, data), self.task, self.config, CPU, seat)
+        method.room = SetupContext(self.student, [self.teacher], cast(Any, data), self.task, self.config, CPU, seat)
         self.student.eval()
         with torch.no_grad():
             method.setup(method.room, self.lesson(2))
@@ -99,7 +100,7 @@ class Class:
         with torch.no_grad():
             seen = self.teacher.see(self.pixels[:n], needs)
         pooled = None if seen.pooled is None else (seen.vectors,)
-        taught = View(seen.out[None], pooled, None if seen.maps is None else (seen.stages,))
+        taught = Output(seen.out[None], pooled, None if seen.maps is None else (seen.stages,))
         view = self.student.see(self.pixels[:n], needs)
         index, generator = torch.arange(n), torch.Generator().manual_seed(0)
         return Lesson(self.target[:n], index, 0.0, 0, self.task, generator, view, {"student": view}, taught)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kdcli import losses, methods
-from kdcli.methods import Lesson, Phase, View
+from kdcli.methods import Lesson, Phase
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 
@@ -17,8 +18,8 @@ PHASE = Phase("main", 1, ("student",), TrainConfig())
 
 
 def lesson(mentors=MENTORS, target=TARGET, smoothing=0.0) -> Lesson:
-    view = View(torch.tensor(STUDENT, requires_grad=True))
-    taught = None if mentors is None else View(torch.tensor(mentors))
+    view = Output(torch.tensor(STUDENT, requires_grad=True))
+    taught = None if mentors is None else Output(torch.tensor(mentors))
     task = Classify(3, smoothing)
     return Lesson(
         torch.tensor(target), torch.arange(2), 0.0, 0, task, torch.Generator(), view, {"student": view}, taught

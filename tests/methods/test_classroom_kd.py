@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kdcli import losses, methods
-from kdcli.methods import Lesson, Phase, View
+from kdcli.methods import Lesson, Phase
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 
@@ -97,7 +98,7 @@ def by_hand(student, mentors, target, **given: Any) -> dict[str, Any]:
 
 
 def teach(student=STUDENT, mentors=MENTORS, target=TARGET, **options: Any) -> tuple[dict[str, torch.Tensor], Lesson]:
-    view = View(torch.tensor(student, requires_grad=True))
+    view = Output(torch.tensor(student, requires_grad=True))
     batch = torch.arange(len(target))
     lesson = Lesson(
         torch.tensor(target),
@@ -108,7 +109,7 @@ def teach(student=STUDENT, mentors=MENTORS, target=TARGET, **options: Any) -> tu
         torch.Generator(),
         view,
         {"student": view},
-        View(torch.tensor(mentors)),
+        Output(torch.tensor(mentors)),
     )
     return methods.build("classroom", options).loss(lesson, PHASE), lesson
 

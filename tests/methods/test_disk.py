@@ -20,7 +20,7 @@ from kdcli.losses import disk
 from kdcli.methods.disk import DiSK
 from kdcli.recipe import TrainConfig
 from kdcli.training import learner
-from kdcli.training.loop import EpochEnd
+from kdcli.training.session import EpochEnd
 from kdcli.workflows import distill
 
 
@@ -373,7 +373,7 @@ def test_a_moving_average_teaches_without_a_mentor(tmp_path: Path) -> None:
 def test_what_its_equations_cannot_mean_is_refused(keys: dict[str, Any], words: str) -> None:
     config = recipe().with_(**keys)
     with pytest.raises(RecipeError, match=words):
-        learner.Learner("disk", config, kit.seat(config), 3)
+        learner.Learner("disk", config, kit.classroom(config), 3)
 
 
 def test_lambda_is_the_losses():

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from kdcli.data import DataSet, Stream, open_data
-from kdcli.mentors.classroom import Classroom, Member
+from kdcli.mentors.classroom import Classroom
 from kdcli.mentors.mentors import Mentors
 from kdcli.models import registry
+from kdcli.models.member import Member
 from kdcli.recipe import DataConfig, from_dict
 from kdcli.training.learner import Learner
-from kdcli.training.meters import Tally
+from kdcli.training.meters import EpochMeter
 
 CPU = torch.device("cpu")
 MAPS, POOLED = ["fitnets", "at", "sp", "nst", "vid"], ["pkt", "rkd", "crd"]
@@ -72,11 +73,11 @@ def test_real_networks_teach_each_other(student: str, teacher: str, size: int, n
     for step, batch in enumerate(list(Stream(data, 6, seed=0).epoch(0))[:2]):
         taught = mentors.answer(batch)
         assert taught is not None
-        one.tally = Tally()
+        one.meter = EpochMeter()
         one.step(batch, taught, 0, step, step)
     one.check()
     one.check_weights()
-    terms = {key: value.item() for key, value in one.tally.sums.items() if key.startswith("term/")}
+    terms = {key: value.item() for key, value in one.meter.sums.items() if key.startswith("term/")}
     assert len(terms) >= 2
     assert all(value != 0 for value in terms.values())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in one.method.parameters())

@@ -11,8 +11,9 @@ from kdcli.losses.feature_pretraining import boundary_loss, factor_loss
 from kdcli.methods.classifier import OFA, SimKD
 from kdcli.methods.feature_attention import SMKD, SemCKD
 from kdcli.methods.feature_pretraining import AB, FT, initial
-from kdcli.methods.pairing import fit, pair
+from kdcli.methods.pairing import pair
 from kdcli.methods.shake import SHAKE
+from kdcli.models.layers import fit
 from kdcli.recipe import TrainConfig
 
 LESS = 0.97  # of the first loss, after a dozen steps

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kdcli import methods
 from kdcli.errors import RecipeError
-from kdcli.methods import Lesson, Phase, Room, View
+from kdcli.methods import Lesson, Phase, SetupContext
 from kdcli.methods.multi_teacher import CAMKD
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 
@@ -31,7 +32,7 @@ class Several:
         self.teachers = [member(kind, seeds.get(kind, 9)).requires_grad_(False).eval() for kind in teachers]
         self.task, self.target = Classify(K), torch.arange(B) % K
         self.pixels = torch.rand(B, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
-        room = Room(
+        room = SetupContext(
             self.student, self.teachers, cast(Any, SimpleNamespace()), self.task, PHASE.train, CPU, cast(Any, 0)
         )
         self.method.room = room
@@ -43,7 +44,7 @@ class Several:
         with torch.no_grad():
             seen = [teacher.see(self.pixels, needs) for teacher in self.teachers]
         maps = tuple(one.stages for one in seen) if "maps" in needs else None
-        taught = View(torch.stack([one.out for one in seen]), None, maps)
+        taught = Output(torch.stack([one.out for one in seen]), None, maps)
         view = self.student.see(self.pixels, needs)
         generator = torch.Generator().manual_seed(0)
         return Lesson(self.target, torch.arange(B), 0.0, 0, self.task, generator, view, {"student": view}, taught)
@@ -117,7 +118,7 @@ def test_camkd_does_not_depend_on_its_teachers_order():
         assert lesson.mentors is not None
         assert isinstance(lesson.mentors.maps, tuple)
         maps = lesson.mentors.maps
-        lesson.mentors = View(lesson.mentors.out[order], None, tuple(maps[m] for m in order))
+        lesson.mentors = Output(lesson.mentors.out[order], None, tuple(maps[m] for m in order))
         two = Several("camkd", teachers=tuple(TEACHERS[m] for m in order))
         assert isinstance(one.method, CAMKD)
         assert isinstance(two.method, CAMKD)

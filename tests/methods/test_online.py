@@ -14,9 +14,9 @@ from torch import Tensor
 from kdcli import methods
 from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.losses.online import mutual_loss, peer_loss
-from kdcli.models.member import Member
-from kdcli.methods import Lesson, Phase, Room
+from kdcli.methods import Lesson, Phase, SetupContext
 from kdcli.methods.online import Cohort
+from kdcli.models.member import Member
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 from kdcli.training.evaluate import score
@@ -43,7 +43,9 @@ class Together:
         self.pixels = torch.rand(B, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
         self.seats: list[int] = []
         seat = cast(Callable[[int, str | None], Member], lambda seed, kind: self._seat(seed, kind or student))
-        self.method.room = Room(self.student, [], cast(Any, SimpleNamespace()), self.task, PHASE.train, CPU, seat)
+        self.method.room = SetupContext(
+            self.student, [], cast(Any, SimpleNamespace()), self.task, PHASE.train, CPU, seat
+        )
         with torch.no_grad():
             self.method.setup(self.method.room, self.lesson(first=True))
         self.method.train()
@@ -82,11 +84,11 @@ def test_every_student_learns_and_no_two_begin_alike(name, options):
 def test_dml_is_the_mutual_loss_and_detaches_its_targets():
     room = Together("dml", students=3, tau=2.0, alpha=2, beta=3)
     lesson = room.lesson()
-    outs = torch.stack([view.out for view in lesson.views.values()])
+    outs = torch.stack([view.out for view in lesson.outputs.values()])
     terms = room.terms(lesson)
     torch.testing.assert_close(terms["hard"], 2 * room.ce(*outs))
     torch.testing.assert_close(terms["peers"], 3 * mutual_loss(outs, tau=2.0).mean())
-    assert list(lesson.views) == ["student", "student2", "student3"]
+    assert list(lesson.outputs) == ["student", "student2", "student3"]
     grads = []
     for variant in ("paper", "official"):
         one = Together("dml", variant=variant)
@@ -141,7 +143,7 @@ def test_okddip_is_its_equation(form):
 def test_okddips_peers_hear_the_leaders_term_too():
     room = Together("okddip", form="networks")
     lesson = room.lesson()
-    outs = [lesson.views[name].out for name in ("student", "student2")]
+    outs = [lesson.outputs[name].out for name in ("student", "student2")]
     grads = torch.autograd.grad(room.terms(lesson)["leader"], outs)
     assert all(grad.abs().max() > 1e-5 for grad in grads)
 
@@ -250,7 +252,7 @@ def test_a_stopped_training_ends_as_a_whole_one_and_ships_what_it_scored(name, o
     kit.drive(distill.go(again, resume=True))
     assert kit.same(kit.student(whole), kit.student(again.run))
     assert whole.metrics() == again.run.metrics()
-    member = distill.student_of(whole)
+    member = student_of(whole)
     assert score(member, again.data.test, kit.CPU).top1 == pytest.approx(whole.provenance["top1"])
     kept = "cifar_resnet8" if name == "ffl" else config.classroom.student
     assert member.architecture.arch == kept

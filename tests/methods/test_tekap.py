@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from kdcli import losses, methods
 from kdcli.errors import RecipeError
-from kdcli.methods import METHODS, Lesson, Method, Phase, View
+from kdcli.methods import METHODS, Lesson, Method, Phase
 from kdcli.methods.crd import Contrast
 from kdcli.methods.tekap import Perspectives, TeKAP, noisy
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig, from_dict
 from kdcli.tasks import Classify
 
@@ -31,11 +32,11 @@ def _home(monkeypatch):
 
 def lesson(seed: int = 0, strong: bool = False) -> Lesson:
     numbers = torch.Generator().manual_seed(3)
-    student = View(torch.randn(B, K, generator=numbers, requires_grad=True))
-    mentors = View(2 * torch.randn(M, B, K, generator=numbers))
+    student = Output(torch.randn(B, K, generator=numbers, requires_grad=True))
+    mentors = Output(2 * torch.randn(M, B, K, generator=numbers))
     if strong:
-        student.strong = View(torch.randn(B, K, generator=numbers, requires_grad=True))
-        mentors.strong = View(2 * torch.randn(M, B, K, generator=numbers))
+        student.strong = Output(torch.randn(B, K, generator=numbers, requires_grad=True))
+        mentors.strong = Output(2 * torch.randn(M, B, K, generator=numbers))
     target = torch.arange(B) % K
     generator = torch.Generator().manual_seed(seed)
     return Lesson(target, torch.arange(B), 0.0, 0, Classify(K), generator, student, {"student": student}, mentors)
@@ -142,7 +143,7 @@ def test_a_strong_view_that_a_neighbour_asked_for_changes_nothing():
 def beside_two_views() -> Lesson:
     given, numbers = lesson(), torch.Generator().manual_seed(9)
     assert given.mentors is not None
-    given.mentors.strong = View(torch.randn(M, B, K, generator=numbers))
+    given.mentors.strong = Output(torch.randn(M, B, K, generator=numbers))
     return given
 
 

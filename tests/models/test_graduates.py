@@ -16,13 +16,13 @@ from torch import nn
 
 from kdcli.errors import WeightsError
 from kdcli.export.onnx import OnnxModel, export_onnx
-from kdcli.models.member import Member, from_card
-from kdcli.models import cards, graduates, registry, weights
+from kdcli.models import cards, graduates, registry
+from kdcli.models.build import from_card
 from kdcli.models.graduates import Graduate, Spec
+from kdcli.models.member import Member
 from kdcli.models.registry import ModelName
-from kdcli.training.learner import card
 from kdcli.training.run import Run
-from kdcli.workflows.distill import student_of
+from kdcli.training.student import card, student_of
 
 SPEC = Spec(width=24, classes=10, size=[4, 4])
 
@@ -64,7 +64,7 @@ def there(taught: Path) -> Iterator[None]:
 def test_the_run_holds_the_whole_graduate(taught):
     run = Run(taught / "runs/simkd")
     told = cards.read_card(run.path / "student.toml")
-    state = weights.load_state(run.path / "student.safetensors")
+    state = checkpoint.load_state(run.path / "student.safetensors")
     assert told.graduate == {"kind": "simkd", "width": 64, "classes": 10, "bias": True, "size": [4, 4], "factor": 2.0}
     assert told.architecture == f"zoo:{STUDENT}"
     assert {key.partition(".")[0] for key in state} == {"net", "projector", "classifier"}
@@ -73,7 +73,7 @@ def test_the_run_holds_the_whole_graduate(taught):
     assert "(simkd graduate)" in told.line()
     member = student_of(run)
     assert isinstance(member.net, Graduate)
-    assert weights.digest(member.net) == weights.digest(state)
+    assert checkpoint.digest(member.net) == checkpoint.digest(state)
 
 
 def test_what_evaluate_scores_is_what_was_trained_and_what_export_ships():
@@ -92,12 +92,12 @@ def test_what_evaluate_scores_is_what_was_trained_and_what_export_ships():
 
 
 def test_the_projector_learned_and_the_classifier_did_not(taught):
-    state = weights.load_state(taught / "runs/simkd/student.safetensors")
+    state = checkpoint.load_state(taught / "runs/simkd/student.safetensors")
     with within(taught):
         add_mentors(PEER)
         path = cards.weights_path(cards.cards(shipped=False)[0])
         assert path is not None
-        teacher = weights.load_state(path)
+        teacher = checkpoint.load_state(path)
         shutil.rmtree(taught / "home")
     assert torch.equal(state["classifier.weight"], teacher["fc.weight"])
     assert torch.equal(state["classifier.bias"], teacher["fc.bias"])
@@ -138,7 +138,7 @@ def test_a_graduate_teaches_and_is_taught_on(taught):
         cards.read_card(Path("runs/c/student.toml")).graduate
         == cards.read_card(Path("runs/simkd/student.toml")).graduate
     )
-    before, after = (weights.load_state(Path(f"runs/{name}/student.safetensors")) for name in ("simkd", "c"))
+    before, after = (checkpoint.load_state(Path(f"runs/{name}/student.safetensors")) for name in ("simkd", "c"))
     assert torch.equal(before["classifier.weight"], after["classifier.weight"])
     assert not torch.equal(before["net.stem.conv.weight"], after["net.stem.conv.weight"])
 
@@ -160,7 +160,7 @@ def test_a_bare_name_never_means_a_graduate():
 def test_a_graduate_of_another_version_is_named(taught):
     told = cards.read_card(taught / "runs/simkd/student.toml")
     assert told.graduate is not None
-    state = weights.load_state(taught / "runs/simkd/student.safetensors")
+    state = checkpoint.load_state(taught / "runs/simkd/student.safetensors")
     with pytest.raises(WeightsError, match="its card's graduate"):
         from_card(told.model_copy(update={"graduate": {**told.graduate, "kind": "simkd9"}}), state)
 

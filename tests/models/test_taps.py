@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from kdcli.errors import WeightsError
-from kdcli.models.member import Member
 from kdcli.mentors.frozen import Frozen
 from kdcli.mentors.mentors import Mentors
 from kdcli.models import registry
+from kdcli.models.member import Member
 from kdcli.models.taps import Taps
 
 CPU = torch.device("cpu")

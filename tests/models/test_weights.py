@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from kdcli.errors import WeightsError
 from kdcli.models import cards
 from kdcli.models.cards import Card
+from kdcli.models.checkpoint import digest, fill, load_state
 from kdcli.models.registry import create, resolve
-from kdcli.models.weights import Found, choose, digest, fill, load_state
+from kdcli.models.weights import Found, choose
 
 
 def net(arch: str = "cifar_resnet8", num_classes: int = 10, seed: int = 0) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import nn
 from kdcli.cli import launch
 from kdcli.data import Batch, Stream, open_data
 from kdcli.errors import DataError, RecipeError
-from kdcli.methods import View
+from kdcli.models.outputs import Output
 from kdcli.recipe import DataConfig, TrainConfig
 from kdcli.system import device as devices, distributed, shards
 
@@ -32,20 +32,20 @@ def become(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Be one of several ranks, without the others: enough for what needs no exchange."""
 
     def one(rank: int, world: int) -> None:
-        shards._layout.cache_clear()
+        shards.layout.cache_clear()
         monkeypatch.setattr(distributed, "alone", lambda: world == 1)
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "world", lambda: world)
 
     yield one
-    shards._layout.cache_clear()
+    shards.layout.cache_clear()
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(("size", "world"), [(8, 2), (9, 2), (64, 3), (30, 8)])
 def test_every_row_is_one_ranks_and_shares_are_even(become: Any, size: int, world: int, mirrored: bool) -> None:
     become(0, world)
-    whose = shards.holders(size, mirrored)
+    whose = shards.ranks_of_rows(size, mirrored)
     counts = torch.bincount(whose, minlength=world)
     assert len(whose) == size
     assert int(counts.max() - counts.min()) <= (2 if mirrored else 1)
@@ -89,10 +89,10 @@ def test_micro_batches_are_those_of_the_whole_batch(become: Any, mirrored: bool)
             rows, few = shards.own_rows(10, 10, mirrored)
             assert few == len(whole.pixels[rows])
             own = Batch(whole.pixels[rows], whole.target, whole.index, whole.view)
-            part = shards.micro(shards.divide(own, mirrored), at, end)
+            part = shards.micro(own.share(mirrored), at, end)
             assert part.names.index.tolist() == whole.index[at:end].tolist()
             assert part.names.target.tolist() == whole.target[at:end].tolist()
-            assert torch.equal(part.pixels, whole.pixels[part.index - 20])
+            assert torch.equal(part.images, whole.pixels[part.index - 20])
             found += part.index.tolist()
         assert sorted(found) == whole.index[at:end].tolist()
 
@@ -122,11 +122,11 @@ def test_a_split_is_scored_in_the_batches_of_one_rank(become: Any, count: int) -
 def test_a_batch_too_small_for_the_ranks_is_refused(become: Any, images: int, over: dict[str, Any], says: str) -> None:
     become(1, 3)
     with pytest.raises(RecipeError, match=says) as caught:
-        shards.check(images, TrainConfig(**over))
+        checks.check_ranks(images, TrainConfig(**over))
     assert "3 ranks" in caught.value.message
     assert "drop_last" in caught.value.hint
-    shards.check(65, TrainConfig(batch_size=16, drop_last=True))
-    shards.check(65, TrainConfig(batch_size=16, mixup=0.1))  # an odd last batch is dropped when images are mixed
+    checks.check_ranks(65, TrainConfig(batch_size=16, drop_last=True))
+    checks.check_ranks(65, TrainConfig(batch_size=16, mixup=0.1))  # an odd last batch is dropped when images are mixed
 
 
 def test_synchronised_norms_are_refused_on_a_cpu(become: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_synchronised_norms_keep_names_and_activations(become: Any, monkeypatch:
 
 
 def test_alone_everything_is_handed_back() -> None:
-    view = View(torch.rand(2, 3))
+    view = Output(torch.rand(2, 3))
     batch = Batch(torch.rand(2, 3, 4, 4), torch.zeros(2), torch.arange(2), torch.arange(2))
     layer = nn.Linear(2, 2)
     assert distributed.alone()
@@ -172,7 +172,7 @@ def test_alone_everything_is_handed_back() -> None:
     ) == (0, 1, 1, 0, ())
     assert distributed.join(kit.CPU, 1) == kit.CPU
     assert shards.whole(view, batch) is view
-    assert shards.divide(batch, False) is batch
+    assert batch.share(False) is batch
     assert batch.names is batch
     assert distributed.data_parallel(layer, True) is layer
     assert distributed.on_rank0(lambda: 3) == distributed.local_rank0_first(lambda: 3) == 3
@@ -281,7 +281,7 @@ def test_machines_that_hold_other_files_are_told_apart(twice: list[dict[str, Any
 def test_scores_of_two_ranks_are_those_of_one(twice: list[dict[str, Any]]) -> None:
     """Batch norm's running statistics too are one network's: what one rank answers with them, two answered."""
     config = ranks.recipe("batch norm")
-    student = kit.seat(config).student(0)
+    student = kit.classroom(config).student(0)
     student.load_state_dict(twice[0]["batch norm"]["learners"])
     test = open_data(DataConfig(name="digits", image_size=8)).test
     from kdcli.training.evaluate import answers, score_answers

@@ -22,8 +22,8 @@ from kdcli.models import cards
 from kdcli.system import device as devices, files, lock
 from kdcli.training import evaluate, loop, out_of_memory, run as runs
 from kdcli.training.learner import Learner
-from kdcli.training.loop import EpochEnd, Notice, Session, Step
 from kdcli.training.run import Run
+from kdcli.training.session import EpochEnd, Notice, Session, Step
 from kdcli.workflows import distill
 
 
@@ -539,7 +539,7 @@ def test_other_faults_of_a_step_stay_what_they_are(tmp_path: Path, monkeypatch: 
 
 
 def test_scoring_goes_on_in_smaller_batches() -> None:
-    room = kit.seat(kit.recipe("nokd"))
+    room = kit.classroom(kit.recipe("nokd"))
     student, sizes = room.student(0), []
 
     class Short(nn.Module):

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from kdcli import methods
 from kdcli.data import Batch
 from kdcli.errors import DivergedError, InterruptedRun, RecipeError
-from kdcli.methods import View
-from kdcli.models import cards as zoo, registry, weights
+from kdcli.models import cards as zoo, registry
+from kdcli.models.outputs import Output
 from kdcli.recipe import Recipe
-from kdcli.system import shards
 from kdcli.training import learner, loop
 from kdcli.training.evaluate import Score
-from kdcli.training.loop import EpochEnd, Notice, Step
-from kdcli.training.meters import Tally
+from kdcli.training.meters import EpochMeter
 from kdcli.training.run import Run
+from kdcli.training.session import EpochEnd, Notice, Step
 from kdcli.workflows import distill
 
 
@@ -39,7 +38,7 @@ def plain_loop(
     config: Recipe, *, parts: int = 1, clip: float | None = None, ema: float | None = None, smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The student of a control run as anybody would train it, and the moving average of its weights."""
-    room = kit.seat(config)
+    room = kit.classroom(config)
     member = room.student(config.train.seed)
     stream = distill.open_session({"x": config}, room, Run(Path("unused")), {}).stream
     train = config.train
@@ -51,7 +50,7 @@ def plain_loop(
             optimizer.zero_grad()
             size = math.ceil(len(batch) / parts)
             for lo in range(0, len(batch), size):
-                x, y = batch.pixels[lo : lo + size], batch.target[lo : lo + size]
+                x, y = batch.images[lo : lo + size], batch.target[lo : lo + size]
                 out = member(x)
                 loss = F.cross_entropy(out, y, label_smoothing=0.0 if y.ndim == 2 else smoothing)
                 (loss * len(x) / len(batch)).backward()
@@ -82,7 +81,7 @@ def test_the_control_is_a_plain_loop(tmp_path: Path) -> None:
     run = kit.trained(config, tmp_path / "run")
     expected, _ = plain_loop(config)
     close(kit.student(run), expected)
-    start = kit.seat(config).student(0).net.state_dict()
+    start = kit.classroom(config).student(0).net.state_dict()
     assert not torch.equal(start["fc.weight"], expected["fc.weight"])
 
 
@@ -126,11 +125,11 @@ def test_mixed_images_learn_from_shares_of_classes(tmp_path: Path) -> None:
 def test_the_training_figures_are_means_over_images(tmp_path: Path) -> None:
     """Top-1 counts images; a loss is the mean over batches."""
     config = kit.recipe(**{"train.lr": 0.0, "train.weight_decay": 0.0, "train.epochs": 1})
-    room = kit.seat(config)
+    room = kit.classroom(config)
     member, right, losses = room.student(0).train(), 0, []
     stream = distill.open_session({"x": config}, room, Run(tmp_path), {}).stream
     for batch in stream.epoch(0):
-        out = member(batch.pixels)
+        out = member(batch.images)
         right += int((out.argmax(-1) == batch.target).sum())
         losses.append(F.cross_entropy(out, batch.target).item())
     row = kit.trained(config, tmp_path / "run").metrics()[0]
@@ -249,7 +248,7 @@ def test_an_update_that_ends_in_no_number_is_not_checkpointed(tmp_path: Path) ->
 # --- which epoch ships ------------------------------------------------------------------------------------------------
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, opened: loop.Session, test: list[float], held: list[float]) -> None:
+def scripted(monkeypatch: pytest.MonkeyPatch, opened: session.Session, test: list[float], held: list[float]) -> None:
     """Replace measuring by figures, one an epoch."""
     figures = {id(opened.data.test): iter(test), id(opened.data.holdout): iter(held)}
 
@@ -305,7 +304,7 @@ def test_the_reported_score_is_the_shipped_files(tmp_path: Path) -> None:
 
     config = kit.recipe("aver")
     run = kit.trained(config, tmp_path / "run")
-    room = kit.seat(config.with_(**{"classroom.student": f"cifar_resnet10_xxs@{run.path}"}))
+    room = kit.classroom(config.with_(**{"classroom.student": f"cifar_resnet10_xxs@{run.path}"}))
     found = score(room.student(5), room.data.test, kit.CPU)
     assert found.top1 == distill.result("aver", run).top1 == run.metrics()[-1]["test/top1"]
     assert found.images == 360
@@ -325,7 +324,7 @@ def test_kept_epochs_are_mentors_of_lesser_skill(tmp_path: Path) -> None:
     assert card.top1 == round(opened.run.metrics()[1]["test/top1"], 4)
     assert opened.run.provenance["keep"] == [2]
     spec = f"cifar_resnet10_xxs@{opened.run.path}"
-    room = kit.seat(kit.recipe("kd", **{"classroom.teacher": f"{spec}#2", "classroom.peers": [spec]}))
+    room = kit.classroom(kit.recipe("kd", **{"classroom.teacher": f"{spec}#2", "classroom.peers": [spec]}))
     assert kit.same(dict(room.mentors[0].net.state_dict()), states[2])
     assert kit.same(dict(room.mentors[1].net.state_dict()), states[3])
     assert [mentor.name for mentor in room.mentors] == ["cifar_resnet10_xxs", "cifar_resnet10_xxs#2"]
@@ -355,7 +354,7 @@ def test_provenance_tells_where_a_result_came_from(tmp_path: Path, monkeypatch: 
         assert path is not None
         assert facts["mentors"][arch] == {
             "architecture": f"zoo:{arch}",
-            "sha256": weights.digest(weights.load_state(path)),
+            "sha256": checkpoint.digest(checkpoint.load_state(path)),
         }
 
 
@@ -378,7 +377,7 @@ def test_every_mentor_is_logged_by_name_even_twice_the_same(tmp_path: Path) -> N
 
 def test_the_card_says_how_the_student_reads(tmp_path: Path) -> None:
     run = kit.trained(kit.recipe(), tmp_path / "run")
-    card, room = zoo.read_card(run.path / "student.toml"), kit.seat(kit.recipe())
+    card, room = zoo.read_card(run.path / "student.toml"), kit.classroom(kit.recipe())
     assert card.mean == room.data.mean
     assert card.std == room.data.std
     assert (card.image_size, card.num_classes, card.data_hash) == (8, 10, room.data.hash)
@@ -552,10 +551,10 @@ def test_a_sweep_reads_every_image_and_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_tally_goes_on_from_its_state() -> None:
-    one = Tally()
+    one = EpochMeter()
     one.add({"a": torch.tensor(1.0), "b": torch.tensor([1.0, 2.0])})
     one.batches, one.images = 1, 5
-    two = Tally()
+    two = EpochMeter()
     two.load(one.state(), kit.CPU)
     two.add({"a": torch.tensor(2.0), "b": torch.tensor([3.0, 4.0])})
     two.batches += 1
@@ -582,11 +581,11 @@ def test_a_step_reports_where_the_loop_is(tmp_path: Path) -> None:
 
 def test_parts_of_a_batch_keep_their_names() -> None:
     batch = Batch(torch.rand(6, 3, 8, 8), torch.arange(6), torch.arange(10, 16), torch.arange(20, 26))
-    part = shards.micro(batch, 2, 4)
+    part = batch.micro(2, 4)
     assert part.index.tolist() == [12, 13]
     assert part.view.tolist() == [22, 23]
-    assert torch.equal(part.pixels, batch.pixels[2:4])
-    assert View(part.pixels).pooled is None
+    assert torch.equal(part.images, batch.images[2:4])
+    assert Output(part.images).pooled is None
 
 
 def test_the_best_weights_travel_in_the_checkpoint(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from kdcli import recipe as recipes
 from kdcli.errors import DataError, InterruptedRun, KdcliError, RecipeError, WeightsError
-from kdcli.models import cards, weights
+from kdcli.models import cards
 from kdcli.recipe import Recipe
 from kdcli.system import files
-from kdcli.training.loop import Session
 from kdcli.training.run import Run
+from kdcli.training.session import Session
 from kdcli.workflows import compare, distill
 
 
@@ -130,7 +130,7 @@ def test_a_stopped_compare_ends_with_the_same_bits(tmp_path: Path, epoch: int, b
     config, methods, seeds = kit.recipe("classroom"), ["classroom"], [0, 1]
 
     def opened(path: Path, resume: bool = False) -> Session:
-        room = kit.seat(config)
+        room = kit.classroom(config)
         session = compare.open_session(config, methods, seeds, room, Run(path))
         if not resume:
             compare.start(session, room, config, methods, seeds)
@@ -227,7 +227,7 @@ def test_a_last_line_cut_off_by_a_kill_is_forgotten(tmp_path: Path) -> None:
 
 def test_other_pictures_are_refused(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe(), tmp_path / "run")
-    room = kit.seat(kit.recipe())
+    room = kit.classroom(kit.recipe())
     distill.same_room(opened.run, room)
     room.data.hash = "another"
     with pytest.raises(WeightsError, match="other pictures than digits") as caught:
@@ -240,10 +240,10 @@ def test_other_mentors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = kit.recipe("kd", **{"classroom.teacher": kit.MENTORS[0], "classroom.peers": []})
     kit.add_mentor(kit.MENTORS[0], 1)
     opened = kit.session(config, tmp_path / "run")
-    distill.same_room(opened.run, kit.seat(config))
+    distill.same_room(opened.run, kit.classroom(config))
     kit.add_mentor(kit.MENTORS[0], 2)  # newer, so the bare name finds it
     with pytest.raises(WeightsError, match=f"mentor {kit.MENTORS[0]} had other weights") as caught:
-        distill.same_room(opened.run, kit.seat(config))
+        distill.same_room(opened.run, kit.classroom(config))
     assert caught.value.exit_code == 3
     assert "@PATH" in caught.value.hint
 
@@ -385,7 +385,7 @@ def test_a_student_that_cannot_be_written_is_a_clear_word(
             kit.drive(distill.go(opened))
     assert caught.value.exit_code == 3
     resume(opened.run)
-    assert weights.digest(kit.student(opened.run)) == weights.digest(kit.state(opened.learners[0]))
+    assert checkpoint.digest(kit.student(opened.run)) == checkpoint.digest(kit.state(opened.learners[0]))
 
 
 # --- what a checkpoint holds ------------------------------------------------------------------------------------------
@@ -393,15 +393,17 @@ def test_a_student_that_cannot_be_written_is_a_clear_word(
 
 def test_no_mentor_is_ever_in_a_checkpoint(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("classroom", **{"train.ema": 0.9}), tmp_path / "run")
-    before = [weights.digest(mentor.net) for mentor in opened.mentors.members]
+    before = [checkpoint.digest(mentor.net) for mentor in opened.mentors.members]
     kit.drive(distill.go(opened))
     state = opened.run.load_checkpoint()
-    held = {weights.digest({"x": tensor}) for tensor in tensors(state) if tensor.numel() > 20}
+    held = {checkpoint.digest({"x": tensor}) for tensor in tensors(state) if tensor.numel() > 20}
     assert len(held) > 10
     for mentor in opened.mentors.members:
-        theirs = {weights.digest({"x": tensor}) for tensor in mentor.net.state_dict().values() if tensor.numel() > 20}
+        theirs = {
+            checkpoint.digest({"x": tensor}) for tensor in mentor.net.state_dict().values() if tensor.numel() > 20
+        }
         assert not held & theirs
-    assert [weights.digest(mentor.net) for mentor in opened.mentors.members] == before
+    assert [checkpoint.digest(mentor.net) for mentor in opened.mentors.members] == before
     assert not any(mentor.training for mentor in opened.mentors.members)
     assert not any(p.requires_grad for mentor in opened.mentors.members for p in mentor.parameters())
     assert all(p.grad is None for mentor in opened.mentors.members for p in mentor.parameters())

@@ -12,8 +12,8 @@ import torch
 from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.recipe import Expect, Recipe
 from kdcli.training import run as runs
-from kdcli.training.loop import EpochEnd, Session
 from kdcli.training.run import Run
+from kdcli.training.session import EpochEnd, Session
 from kdcli.workflows import compare, distill
 from kdcli.workflows.compare import Comparison, Line
 
@@ -26,7 +26,7 @@ def _zoo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(config: Recipe, path: Path, methods: list[str], seeds: list[int]) -> Session:
-    room = kit.seat(config)
+    room = kit.classroom(config)
     session = compare.open_session(config, methods, seeds, room, Run(path))
     compare.start(session, room, config, methods, seeds)
     return session
@@ -289,7 +289,7 @@ def test_a_resumed_compare_must_know_its_learners(tmp_path: Path) -> None:
     config = kit.recipe("aver", **{"train.epochs": 1})
     session = opened(config, tmp_path / "all", ["aver"], [0])
     session.checkpoint(0, 2)
-    other = compare.open_session(config, ["aver"], [0, 1], kit.seat(config), Run(tmp_path / "all"))
+    other = compare.open_session(config, ["aver"], [0, 1], kit.classroom(config), Run(tmp_path / "all"))
     with pytest.raises(RecipeError, match="knows nothing of nokd-1") as caught:
         kit.drive(compare.go(other, resume=True))
     assert "--seeds" in caught.value.hint

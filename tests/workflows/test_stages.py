@@ -11,12 +11,13 @@ from cli_kit import kdcli
 
 from kdcli import methods, recipe as recipes
 from kdcli.errors import InterruptedRun, RecipeError
-from kdcli.methods import Lesson, Phase, View
+from kdcli.methods import Lesson, Phase
 from kdcli.models import cards
+from kdcli.models.outputs import Output
 from kdcli.recipe import Recipe, TrainConfig
 from kdcli.tasks import Classify
-from kdcli.training.loop import EpochEnd, Step
 from kdcli.training.run import Run
+from kdcli.training.session import EpochEnd, Step
 from kdcli.workflows import compare, distill, stages
 
 BIG, MID = "cifar_resnet14", "cifar_resnet8"
@@ -130,9 +131,9 @@ def test_a_stage_has_no_stages() -> None:
 
 def lesson(m: int = 3, b: int = 40) -> Lesson:
     torch.manual_seed(0)
-    view, target = View(torch.randn(b, 5)), torch.arange(b) % 5
+    view, target = Output(torch.randn(b, 5)), torch.arange(b) % 5
     generator = torch.Generator().manual_seed(1)
-    taught = View(2 * torch.randn(m, b, 5))
+    taught = Output(2 * torch.randn(m, b, 5))
     return Lesson(target, torch.arange(b), 0.0, 0, Classify(5), generator, view, {"student": view}, taught)
 
 
@@ -180,7 +181,7 @@ def test_two_stages_and_the_last_part(tmp_path: Path) -> None:
     for name, arch in (("big", BIG), ("mid", MID)):
         stage = Run(run.path / "stages" / name)
         assert stage.finished
-        assert distill.student_of(stage).architecture.arch == arch
+        assert student_of(stage).architecture.arch == arch
         assert facts["stages"][name]["top1"] == stage.provenance["top1"]
         assert facts["stages"][name]["recipe"] == stage.provenance["recipe"]
     assert list(facts["mentors"]) == [MID, BIG, f"{MID}#2"]
