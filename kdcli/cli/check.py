@@ -78,6 +78,7 @@ def check(
 
 def _show_room(found, notes) -> None:
     from kdcli.cli import tables
+    from kdcli.system.sizes import text
 
     tables.notes([*notes, *found.notes])
     columns = ["role", "name", "parameters", "multiply-adds", "input", found.metric.title]
