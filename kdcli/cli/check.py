@@ -1,4 +1,4 @@
-"""kdcli check: a classroom before anything is trained; a method's options and its contract."""
+"""kdcli check: a classroom looked over before anything is trained; a method put to the contract."""
 
 from typing import Annotated, Any
 
@@ -30,8 +30,8 @@ def check(
 ) -> None:
     """Resolve a recipe without training: names, sizes, weights, each mentor's score, a dry step, the cost.
 
-    With --method and no classroom: list the method's options, tasks and needs, and test the contract of all methods on
-    small networks. A method of your own is tested in any case.
+    With --method and no classroom: put the method to the contract that all methods keep, on toys (a method of your own
+    is put to it in any case).
     """
     from dataclasses import asdict
 
@@ -78,7 +78,6 @@ def check(
 
 def _show_room(found, notes) -> None:
     from kdcli.cli import tables
-    from kdcli.system.sizes import text
 
     tables.notes([*notes, *found.notes])
     columns = ["role", "name", "parameters", "multiply-adds", "input", found.metric.title]
@@ -144,5 +143,5 @@ def _judge(label: str, verdicts: list[dict[str, Any]]) -> None:
     if failed:
         raise RecipeError(
             f"method {label} fails {len(failed)} of {len(verdicts)} checks: {', '.join(failed)}",
-            hint="The table gives the reasons; kdcli/workflows/method_contract.py holds the checks.",
+            hint="The table says why; kdcli/workflows/method_contract.py is what they do.",
         )
