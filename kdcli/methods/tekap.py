@@ -98,13 +98,16 @@ class Perspectives(Method):
         return terms
 
     def _noisy(self, mentors: list[Output], generator: torch.Generator) -> list[Output]:
+        """The mentors with noise in their logits, and in those of the second view if the method reads it."""
         if not mentors:
             return []
         outs = noisy(torch.stack([mentor.out for mentor in mentors]), self.noise_weight, generator)
-        strong = [mentor.strong for mentor in mentors]  # there for another learner, perhaps: then no noise is drawn
-        if Need.TWO_VIEWS in self.needs:
-            strong = self._noisy([one for one in strong if one is not None], generator)
-        return [replace(mentor, out=out, strong=s) for mentor, out, s in zip(mentors, outs, strong, strict=True)]
+        copies = [replace(mentor, out=out) for mentor, out in zip(mentors, outs, strict=True)]
+        views = [mentor.strong for mentor in mentors if mentor.strong is not None]
+        if Need.TWO_VIEWS in self.needs:  # else a second view is there for another learner, and gets no noise
+            for copy, strong in zip(copies, self._noisy(views, generator), strict=False):
+                copy.strong = strong
+        return copies
 
     def after(self, lesson: Lesson) -> None:
         self.method.after(lesson)
