@@ -17,6 +17,10 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 STAGE = "@stage:"
 """What the name of a stage's graduate begins with, wherever a network is named."""
 NAMED = ("student", "teacher", "peers")
+REMOVED = {
+    "classroom.bank_top": "--set data.views=8 limits a bank's size; --set classroom.bank=false runs without one.",
+}
+"""Keys of earlier versions, with what to use instead."""
 
 
 class Section(BaseModel):
@@ -43,18 +47,17 @@ class DataConfig(Section):
 
 
 class ClassroomConfig(Section):
-    """Who learns and who teaches, each by name."""
+    """The student and its mentors, each by name, and how the mentors run."""
 
     student: str | None = None
     teacher: str | None = None
     peers: list[str] = []
     class_map: Literal["off", "auto"] | dict[str, str | int] = "off"  # data class -> mentor's class
     precision: Precision = "auto"  # of the mentors
-    compile: bool | None = None  # torch.compile the mentors; left out: those who answer so much that it pays
-    ahead: int | None = Field(default=None, ge=1)  # batches they answer at once; left out: what a measurement says
-    bank: bool = False  # keep the mentors' answers on disk, rounded to float16, and read them from there
-    bank_top: int | None = Field(default=None, ge=1)  # of a banked answer keep this many classes; default all
-    bank_pooled: bool = False  # bank the mentors' penultimate vectors too
+    compile: bool | None = None  # torch.compile the mentors; default: those for which compile time pays back
+    ahead: int | None = Field(default=None, ge=1)  # batches in one look-ahead; default: the fastest by measurement
+    bank: bool = False  # cache the mentors' outputs on disk, rounded to float16
+    bank_pooled: bool = False  # cache their penultimate vectors too
 
 
 class MethodConfig(BaseModel):
@@ -405,6 +408,8 @@ def _check_stages(recipe: Recipe, where: str) -> None:
 
 def _unknown(table: dict[str, Any], model: type[BaseModel], where: str, prefix: str) -> None:
     for key in table:
+        if cure := REMOVED.get(prefix + key):
+            raise RecipeError(f"{where}: {prefix}{key} was removed", hint=cure)
         if key not in model.model_fields:
             raise RecipeError(
                 f"{where}: {prefix}{key}: no such key",

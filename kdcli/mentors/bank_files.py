@@ -166,9 +166,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         if identity["format"] != FORMAT:
             raise DataError(f"{path}: format {identity['format']}; this version of kdcli reads {FORMAT}", hint=cure)
         if identity["top"] is not None:
-            raise DataError(
-                f"{path}: stores the top {identity['top']} classes only, which is no longer read", hint=cure
-            )
+            raise DataError(f"{path}: stores only {identity['top']} classes, which is no longer supported", hint=cure)
         name, sizes = id_of(identity), _sizes(identity)
         if not isinstance(facts["mentor"], str) or min(identity["samples"], identity["views"]) < 1:
             raise ValueError("samples or views is 0, or the mentor has no name")
