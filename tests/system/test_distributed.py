@@ -14,9 +14,9 @@ from torch import nn
 from kdcli.cli import launch
 from kdcli.data import Batch, Stream, open_data
 from kdcli.errors import DataError, RecipeError
-from kdcli.models.outputs import Output
 from kdcli.recipe import DataConfig, TrainConfig
 from kdcli.system import device as devices, distributed, shards
+from kdcli.training import checks
 
 
 @pytest.fixture(autouse=True)
@@ -87,12 +87,12 @@ def test_micro_batches_are_those_of_the_whole_batch(become: Any, mirrored: bool)
         for rank in range(2):
             become(rank, 2)
             rows, few = shards.own_rows(10, 10, mirrored)
-            assert few == len(whole.pixels[rows])
-            own = Batch(whole.pixels[rows], whole.target, whole.index, whole.view)
+            assert few == len(whole.images[rows])
+            own = Batch(whole.images[rows], whole.target, whole.index, whole.view)
             part = shards.micro(own.share(mirrored), at, end)
             assert part.names.index.tolist() == whole.index[at:end].tolist()
             assert part.names.target.tolist() == whole.target[at:end].tolist()
-            assert torch.equal(part.images, whole.pixels[part.index - 20])
+            assert torch.equal(part.images, whole.images[part.index - 20])
             found += part.index.tolist()
         assert sorted(found) == whole.index[at:end].tolist()
 
@@ -105,7 +105,7 @@ def test_a_split_is_scored_in_the_batches_of_one_rank(become: Any, count: int) -
     found = []
     for rank in range(3):
         become(rank, 3)
-        found += [tuple(batch.index.tolist()) for batch in shards.own_batches(test, 50).plain(50)]
+        found += [tuple(batch.index.tolist()) for batch in test.subset(shards.turns(count, 50)[rank]).plain(50)]
     assert len(found) == len(alone)
     assert set(found) == alone
 
@@ -159,7 +159,6 @@ def test_synchronised_norms_keep_names_and_activations(become: Any, monkeypatch:
 
 
 def test_alone_everything_is_handed_back() -> None:
-    view = Output(torch.rand(2, 3))
     batch = Batch(torch.rand(2, 3, 4, 4), torch.zeros(2), torch.arange(2), torch.arange(2))
     layer = nn.Linear(2, 2)
     assert distributed.alone()
@@ -171,9 +170,9 @@ def test_alone_everything_is_handed_back() -> None:
         distributed.seed_offset(),
     ) == (0, 1, 1, 0, ())
     assert distributed.join(kit.CPU, 1) == kit.CPU
-    assert shards.whole(view, batch) is view
     assert batch.share(False) is batch
-    assert batch.names is batch
+    assert batch.global_batch is batch
+    assert batch.micro(0, 2) is batch
     assert distributed.data_parallel(layer, True) is layer
     assert distributed.on_rank0(lambda: 3) == distributed.local_rank0_first(lambda: 3) == 3
     assert distributed.any_rank(True)
