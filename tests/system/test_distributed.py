@@ -16,6 +16,7 @@ from kdcli.data import Batch, Stream, open_data
 from kdcli.errors import DataError, RecipeError
 from kdcli.recipe import DataConfig, TrainConfig
 from kdcli.system import device as devices, distributed, shards
+from kdcli.tasks import Classify
 from kdcli.training import checks
 
 
@@ -72,7 +73,7 @@ def test_the_stream_of_all_ranks_is_the_stream_of_one(become: Any, world: int, m
             assert torch.equal(own.whole.target, batch.target)
             assert torch.equal(own.whole.index, batch.index)
             rows = [batch.index.tolist().index(i) for i in own.index.tolist()]
-            for name in ("pixels", "target", "view"):
+            for name in ("images", "target", "view"):
                 assert torch.equal(getattr(own, name), getattr(batch, name)[rows]), name
             assert (seen[n][rows] == -1).all()
             seen[n][rows] = rank
@@ -89,9 +90,9 @@ def test_micro_batches_are_those_of_the_whole_batch(become: Any, mirrored: bool)
             rows, few = shards.own_rows(10, 10, mirrored)
             assert few == len(whole.images[rows])
             own = Batch(whole.images[rows], whole.target, whole.index, whole.view)
-            part = shards.micro(own.share(mirrored), at, end)
-            assert part.names.index.tolist() == whole.index[at:end].tolist()
-            assert part.names.target.tolist() == whole.target[at:end].tolist()
+            part = own.share(mirrored).micro(at, end)
+            assert part.global_batch.index.tolist() == whole.index[at:end].tolist()
+            assert part.global_batch.target.tolist() == whole.target[at:end].tolist()
             assert torch.equal(part.images, whole.images[part.index - 20])
             found += part.index.tolist()
         assert sorted(found) == whole.index[at:end].tolist()
@@ -283,13 +284,13 @@ def test_scores_of_two_ranks_are_those_of_one(twice: list[dict[str, Any]]) -> No
     student = kit.classroom(config).student(0)
     student.load_state_dict(twice[0]["batch norm"]["learners"])
     test = open_data(DataConfig(name="digits", image_size=8)).test
-    from kdcli.training.evaluate import answers, score_answers
+    from kdcli.training.evaluate import outputs, score_outputs
 
-    out = answers(student, test, kit.CPU, 50)
+    out = outputs(student, test, kit.CPU, 50)
     assert torch.equal(out, twice[0]["batch norm"]["answers"])
     logged = twice[0]["batch norm"]["rows"][-1]
-    found = score_answers(out, test.targets)
-    assert (logged["test/top1"], logged["test/top5"]) == (found.top1, found.top5)
+    found = score_outputs(out, test.targets, Classify(10))
+    assert (logged["test/top1"], logged["test/top5"]) == (found["top1"], found["top5"])
 
 
 def test_running_means_are_those_of_the_whole_batch(twice: list[dict[str, Any]], tmp_path: Path) -> None:
