@@ -483,7 +483,7 @@ def test_two_images_are_the_least(tmp_path: Path) -> None:
     asked = short_of_memory(opened.learners[0], 0)
     with pytest.raises(OutOfMemory, match=r"aver: out of memory") as caught:
         kit.drive(distill.go(opened))
-    assert "Not even two images fit" in caught.value.hint
+    assert "Not even 2 images fit" in caught.value.hint
     assert min(asked) == 2
 
 
