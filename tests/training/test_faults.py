@@ -20,7 +20,7 @@ from kdcli.errors import DataError, DivergedError, LockedError, OutOfMemory, Wei
 from kdcli.methods.baselines import NoKD
 from kdcli.models import cards
 from kdcli.system import device as devices, files, lock
-from kdcli.training import evaluate, loop, out_of_memory, run as runs
+from kdcli.training import evaluate, learner as learners, loop, run as runs
 from kdcli.training.learner import Learner
 from kdcli.training.run import Run
 from kdcli.training.session import EpochEnd, Notice, Session, Step
@@ -580,13 +580,14 @@ def test_scoring_goes_on_in_smaller_batches() -> None:
 
 
 def test_a_step_that_fits_is_not_copied_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, copied, statistics = kit.session(kit.recipe("aver"), tmp_path / "run"), [], out_of_memory.statistics
+    opened, copied = kit.session(kit.recipe("aver"), tmp_path / "run"), []
 
-    def counted(modules: Any) -> list[Tensor]:
-        copied.append(1)
-        return statistics(modules)
+    class Counted(learners.Snapshot):
+        def __init__(self, modules: Any) -> None:
+            copied.append(1)
+            super().__init__(modules)
 
-    monkeypatch.setattr(out_of_memory, "statistics", counted)
+    monkeypatch.setattr(learners, "Snapshot", Counted)
     kit.drive(distill.go(opened))
     assert len(copied) == 2  # the first full batch and the first last one
 
