@@ -50,8 +50,9 @@ def models(
         tables.as_json(found)
         return
     rows = [
-        [f["name"], f["source"], f"{f['params']:,}", tables.count(f["macs"]), f"{text(f['input_size'])} px",
-         f["num_classes"], ", ".join([*(["pretrained"] if f["pretrained"] else []), *f["zoo"]])]
+        [f["name"], f["source"], f"{f['params']:,}", "too small" if f["macs"] is None else tables.count(f["macs"]),
+         f"{text(f['input_size'])} px", f["num_classes"],
+         ", ".join([*(["pretrained"] if f["pretrained"] else []), *f["zoo"]])]
         for f in found
     ]  # fmt: skip
     tables.table(["name", "source", "parameters", "multiply-adds", "input", "classes", "weights"], rows, left=2)

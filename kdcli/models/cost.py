@@ -1,5 +1,6 @@
 """What a network costs: parameters, and multiply-adds of one image."""
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from kdcli.models.net import ModelName
@@ -13,14 +14,17 @@ if TYPE_CHECKING:
 def facts(name: ModelName, num_classes: int | None = None, image_size: int | Size | None = None) -> dict[str, Any]:
     """params, macs (multiply-adds of one image), input_size, num_classes, pretrained; nothing is downloaded.
 
+    macs is None where the network cannot take images of that size.
     image_size: count at this size, one number or (height, width) in pixels; an architecture with a fixed input size is
     counted at that size, as `input_size` says.
     """
     net = create_on_meta(name, num_classes)
     size = net.input_size if image_size is None or net.fixed_size else pair(image_size)
-    params, macs = count(net.module, size)
+    macs: int | None = None
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # the images are too small for the architecture
+        _, macs = count(net.module, size)
     return {
-        "params": params,
+        "params": sum(p.numel() for p in net.module.parameters()),
         "macs": macs,
         "input_size": plain(size),
         "num_classes": net.num_classes,

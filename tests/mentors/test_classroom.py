@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.data import DataSet
+from kdcli.data import Batch, DataSet
 from kdcli.errors import RecipeError, WeightsError
 from kdcli.mentors import classroom
 from kdcli.mentors.mentors import Mentors
-from kdcli.models import cards, checkpoint, registry, weights
+from kdcli.models import cards, checkpoint, cost, registry, weights
 from kdcli.models.build import from_card
+from kdcli.models.cards import Card
 from kdcli.models.class_map import map_classes
 from kdcli.models.member import Member
 from kdcli.models.net import ModelName, Net
@@ -53,7 +54,7 @@ def member(net: nn.Module, **over: Any) -> Member:
 # --- how each reads ---------------------------------------------------------------------------------------------------
 
 
-def test_a_large_mentor_reads_small_pictures_in_its_own_way() -> None:
+def test_a_large_mentor_reads_small_images_in_its_own_way() -> None:
     eye, pixels = Eye(), torch.rand(2, 3, 16, 16)
     out = member(eye)(pixels)
     assert out.shape == (2, 12)
@@ -64,7 +65,7 @@ def test_a_large_mentor_reads_small_pictures_in_its_own_way() -> None:
         torch.testing.assert_close(seen[:, channel], (grown[:, channel] - mean) / std)
 
 
-def test_pictures_of_the_right_size_are_only_normalised() -> None:
+def test_images_of_the_right_size_are_only_normalised() -> None:
     eye, pixels = Eye(), torch.full((1, 3, 16, 16), 0.6)
     member(eye, input_size=(16, 16))(pixels)
     torch.testing.assert_close(eye.shown[0][0, :, 3, 3], torch.tensor([1.0, 1.6, 2.4]))
@@ -201,7 +202,7 @@ def test_without_a_map_the_counts_must_agree() -> None:
     assert "kdcli train --model resnet18" in caught.value.hint
 
 
-# --- building ----------------------------------------------------------------------------------------------------------
+# --- building ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_students_first_weights_depend_on_the_training_seed_alone() -> None:
@@ -278,3 +279,89 @@ def test_a_member_is_made_again_from_its_card() -> None:
     params, macs = found.count()
     assert params == sum(p.numel() for p in seated.net.parameters())
     assert macs > params
+
+
+# --- sizes that are not square ----------------------------------------------------------------------------------------
+
+TALL = (48, 32)
+EVERYTHING = frozenset({"maps", "pre", "pooled"})
+
+
+@pytest.fixture
+def tall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSet:
+    """The digits as data of 48x32 pixels, and a zoo whose cifar_resnet8 has a card of 32x24."""
+    monkeypatch.setenv("KDCLI_HOME", str(tmp_path))
+    data = replace(
+        kit.classroom(kit.recipe("nokd", **{"classroom.teacher": None, "classroom.peers": []})).data, image_size=TALL
+    )
+    card = Card(
+        name="cifar_resnet8 on digits", architecture="zoo:cifar_resnet8", dataset=data.name, data_hash=data.hash,
+        num_classes=10, image_size=(32, 24), mean=(0.3, 0.3, 0.3), std=(0.4, 0.4, 0.4),
+    )  # fmt: skip
+    cards.add(kit.random_weights("cifar_resnet8", 0), card)
+    return data
+
+
+def seated(data: DataSet, student: str) -> classroom.Classroom:
+    return classroom.build_classroom(
+        kit.recipe("kd", **{"classroom.student": student, "classroom.teacher": "cifar_resnet8", "classroom.peers": []}),
+        data,
+        kit.CPU,
+    )
+
+
+@torch.no_grad()
+def test_students_and_mentors_of_sizes_that_are_not_square(tall: DataSet) -> None:
+    room, pixels = seated(tall, "cifar_resnet10_xxs"), torch.rand(2, 3, *TALL)
+    student, mentor = room.student(0).eval(), room.mentors[0]
+    assert (student.input_size, mentor.input_size) == (TALL, (32, 24))
+    assert mentor.read(pixels).shape == (2, 3, 32, 24)
+    assert student.taps() == {
+        "stage1": (8, 48, 32), "stage2": (8, 24, 16), "stage3": (16, 12, 8), "stage4": (16, 6, 4),
+        "pooled": (16,), "logits": (10,),
+    }  # fmt: skip
+    assert mentor.taps() == {
+        "stage1": (16, 32, 24), "stage2": (32, 16, 12), "stage3": (64, 8, 6), "pooled": (64,), "logits": (10,),
+    }  # fmt: skip
+    for member in (student, mentor):
+        output = member.see(pixels, EVERYTHING)
+        torch.testing.assert_close(output.out, member(pixels), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(member.classify(output.vectors), output.out, rtol=1e-3, atol=1e-3)
+        member.check_head()
+    assert student.count()[1] == pytest.approx(1.5 * cost.count(student.net, (32, 32))[1], rel=1e-3)
+    answer = Mentors(room.mentors, "fp32", kit.CPU, needs=EVERYTHING).answer(batch_of(pixels)).outputs[0]
+    torch.testing.assert_close(answer.out, mentor(pixels), rtol=1e-4, atol=1e-4)
+    assert answer.stages["stage3"].shape == (2, 64, 8, 6)
+
+
+def batch_of(pixels: Tensor) -> Batch:
+    numbers = torch.arange(len(pixels))
+    return Batch(pixels, numbers, numbers, torch.full_like(numbers, -1))
+
+
+def test_images_that_a_network_stretches_are_noted(tall: DataSet) -> None:
+    room = seated(tall, "cifar_resnet10_xxs")
+    said = {value: why for what, value, why in room.notes if what == "zoo:cifar_resnet8"}
+    stretched = "input 32x24 px: images of 48x32 px are resized, which changes their aspect ratio"
+    assert said[stretched] == "the size its weights were trained at"
+    before = list(room.notes)
+    room.student(0)
+    assert room.notes == before  # the student has the data's size
+    assert not any(
+        "resized" in str(value) for _, value, _ in seated(replace(tall, image_size=(32, 24)), "cifar_resnet8").notes
+    )
+
+
+def test_a_transformer_of_fixed_input_size_resizes_the_images_and_says_so(tall: DataSet) -> None:
+    room = seated(tall, "vit_tiny_patch16_224")
+    student = room.student(0).eval()
+    room.student(1)
+    note = (
+        "timm:vit_tiny_patch16_224",
+        "input 224 px: images of 48x32 px are resized, which changes their aspect ratio",
+        "the architecture's input size is fixed",
+    )
+    assert room.notes.count(note) == 1
+    assert student.input_size == (224, 224)
+    with torch.no_grad():
+        assert student.see(torch.rand(1, 3, *TALL), frozenset({"maps"})).stages["stage4"].shape == (1, 192, 14, 14)
