@@ -97,8 +97,8 @@ def _fill(net: Net, state: dict[str, Tensor], card: Card | None, name: ModelName
 def _input(name: ModelName, net: Net, found: Found, data: Data, role: Role) -> tuple[RGB, RGB, Size, str]:
     """Mean, std, input size and interpolation: the card's, else those that the network's weights expect.
 
-    Without a card, weights trained here from the start are normalised as the data, all others as the library says; the
-    size is the data's unless the architecture's is fixed or a mentor has the library's weights.
+    Without a card: mentors and pretrained students use the library's mean and std, other students the data's; the size
+    is the data's unless the architecture's is fixed or a mentor has the library's weights.
     """
     if (card := found.card) is not None:
         return card.mean, card.std, card.input_size, card.interpolation
@@ -119,7 +119,7 @@ def _resizing(name: ModelName, net: Net, size: Size, data: Data) -> list[Note]:
 
 
 def _guesses(member: Member, found: Found, data: Data, class_map: ClassMap) -> list[Note]:
-    """What was assumed of a mentor's weights because no card says it, or although the card says otherwise."""
+    """What was assumed about a mentor's weights: without a card its input, with one the order of its classes."""
     if found.card is None:
         if found.pretrained:
             return []

@@ -1,6 +1,6 @@
 """Checkpoints: read a file safely, load a network strictly, identify weights by their content.
 
-Most of it is messages: each way that a file can be wrong has its own.
+Most of it is messages: every kind of broken file has one.
 """
 
 import hashlib
@@ -118,23 +118,23 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], *, arch: str, where: st
     repositories (`kdcli.models.cifar.translate`). where: what messages call the state.
     Raises WeightsError (exit 3) with how many names matched and the first that did not, or that only the heads differ.
     """
-    own = module.state_dict()
+    target = module.state_dict()
     given = renamed(arch, dict(state))
-    shared = own.keys() & given.keys()
-    shapes = sorted(k for k in shared if own[k].shape != given[k].shape)
-    missing, extra = [k for k in own if k not in given], [k for k in given if k not in own]
+    shared = target.keys() & given.keys()
+    shapes = sorted(k for k in shared if target[k].shape != given[k].shape)
+    missing, extra = [k for k in target if k not in given], [k for k in given if k not in target]
     if missing and all(k.endswith("num_batches_tracked") for k in missing):  # written by a torch without this counter
-        given |= {k: torch.zeros_like(own[k]) for k in missing}
+        given |= {k: torch.zeros_like(target[k]) for k in missing}
         missing = []
-    if shapes and not missing and not extra and _heads_only(shapes, own, given):
-        has, wants = given[shapes[0]].shape[0], own[shapes[0]].shape[0]
+    if shapes and not missing and not extra and _heads_only(shapes, target, given):
+        has, wants = given[shapes[0]].shape[0], target[shapes[0]].shape[0]
         raise WeightsError(f"{where}: its head has {has} classes, {arch} here has {wants}", hint=class_cure(arch))
     if missing or extra or shapes:
-        wrong = [f"{k}: {list(given[k].shape)} in the file, {list(own[k].shape)} in the network" for k in shapes[:3]]
+        wrong = [f"{k}: {list(given[k].shape)} in the file, {list(target[k].shape)} in the network" for k in shapes[:3]]
         wrong += [f"{k}: not in the file" for k in missing[:3]] + [f"{k}: not in the network" for k in extra[:3]]
         fit = len(shared) - len(shapes)
         raise WeightsError(
-            f"{where} is not a checkpoint of {arch}: {fit} of the network's {len(own)} tensors match, the file has "
+            f"{where} is not a checkpoint of {arch}: {fit} of the network's {len(target)} tensors match, the file has "
             f"{len(given)}. First differences: " + "; ".join(wrong[:4]),
             hint="Name the architecture that the file was trained with: ARCHITECTURE@PATH. `kdcli models` lists them.",
         )
@@ -145,7 +145,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], *, arch: str, where: st
             hint="Its training diverged; use an earlier epoch.",
         )
     ready: OrderedDict[str, Tensor] = OrderedDict(given)
-    ready._metadata = getattr(own, "_metadata", {})  # pyright: ignore  # layout versions: mnasnet refuses without
+    ready._metadata = getattr(target, "_metadata", {})  # pyright: ignore  # layout versions: mnasnet refuses without
     module.load_state_dict(ready, strict=True)
 
 
@@ -172,10 +172,10 @@ def renamed(arch: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _heads_only(keys: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
+def _heads_only(keys: list[str], target: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
     """Whether the tensors differ in their first dimension only, and all by the same two counts."""
-    counts = {(own[k].shape[:1], given[k].shape[:1]) for k in keys}
-    return len(counts) == 1 and all(own[k].shape[1:] == given[k].shape[1:] and own[k].ndim for k in keys)
+    counts = {(target[k].shape[:1], given[k].shape[:1]) for k in keys}
+    return len(counts) == 1 and all(target[k].shape[1:] == given[k].shape[1:] and target[k].ndim for k in keys)
 
 
 def class_cure(arch: str, data_name: str = "DATA", role: str = "mentor") -> str:

@@ -1,4 +1,4 @@
-"""Which of a mentor's outputs are the data's classes: by WordNet id, by name, or as a recipe says."""
+"""Which of a mentor's outputs are the data's classes: by WordNet id, by name, or by the recipe's table."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def map_classes(name: ModelName, net: Net, data: Data, class_map: ClassMap) -> T
             f"or train a mentor: `kdcli train --model {name.arch} --data {data.name}`.",
         )
     given = class_map if isinstance(class_map, dict) else {}
-    if net.num_classes == k:  # perhaps the data's own classes: the map may be meant for another mentor
+    if net.num_classes == k:  # perhaps the same classes: the map may be meant for another mentor
         labels = net.classes or net.wnids
         if labels is None and not any(isinstance(column, int) for column in given.values()):
             return None

@@ -139,7 +139,7 @@ def _idle(net: nn.Module, taps: Taps, image_size: Size) -> dict[str, nn.Module]:
     return {
         path: layer
         for path, layer in net.named_modules()
-        if (own := list(layer.parameters(recurse=False))) and path and not any(id(p) in used for p in own)
+        if path and (held := list(layer.parameters(recurse=False))) and not any(id(p) in used for p in held)
     }
 
 

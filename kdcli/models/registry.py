@@ -77,7 +77,7 @@ def create_on_meta(name: ModelName, num_classes: int | None) -> Net:
     try:
         with torch.device("meta"):
             return create(name, num_classes)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # an initialiser that reads its own weights
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # an initialiser that reads weights
         return create(name, num_classes)
 
 

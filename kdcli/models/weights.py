@@ -39,18 +39,18 @@ def choose(
     mapped: a class map applies, so a mentor's class count may differ. runs: the folder of runs.
     Raises WeightsError (exit 3) with the cure.
     """
-    asked = name.weights
-    if role == "student" and asked in (None, "none"):
+    given = name.weights
+    if role == "student" and given in (None, "none"):
         return Found(None, "from scratch", None, None, False)
-    if asked == "none":
+    if given == "none":
         raise WeightsError(
             f"{name.typed}: an untrained mentor would teach noise",
             hint=f"Leave out @none, or train it first: kdcli train --model {name.arch} --data {data.name}",
         )
-    if asked == "pretrained" or names_weights(name):
+    if given == "pretrained" or names_weights(name):
         return _pretrained(name, data, role, mapped)
-    if asked is not None:
-        found = _named(name, asked, runs)
+    if given is not None:
+        found = _named(name, given, runs)
     else:
         card = cards.find(name.full, data.hash)
         if card is None:
@@ -91,23 +91,23 @@ def _pretrained(name: ModelName, data: Data, role: str, mapped: bool) -> Found:
     )
 
 
-def _named(name: ModelName, asked: str, runs: Path) -> Found:
+def _named(name: ModelName, given: str, runs: Path) -> Found:
     """What `@...` names: a file of weights, or a run and perhaps one of its epochs."""
-    path = Path(asked).expanduser()
+    path = Path(given).expanduser()
     if path.is_file():
-        beside = path.with_suffix(".toml")
-        card = cards.read_card(beside) if path.suffix == ".safetensors" and beside.is_file() else cards.identify(path)
+        written = path.suffix == ".safetensors" and path.with_suffix(".toml").is_file()
+        card = cards.read_card(path.with_suffix(".toml")) if written else cards.identify(path)
         if card is None:
             return _without_card(name, path, str(path))
         return _with_card(name, path, card, f"{path}: {card.line()}")
-    run, _, epoch = asked.rpartition("#") if re.search(r"#\d+$", asked) else (asked, "", "")
+    run, _, epoch = given.rpartition("#") if re.search(r"#\d+$", given) else (given, "", "")
     folder = next((f for f in (Path(run).expanduser(), runs / run) if f.is_dir()), None)
     if folder is None:
         if path.suffix or path.parent != Path("."):
             load_state(path)  # raises, with what is wrong with the path
         known = [p.name for p in runs.glob("*") if p.is_dir()] if runs.is_dir() else []
         raise WeightsError(
-            f"{name.typed}: {asked!r} is neither a file nor a run in {runs}",
+            f"{name.typed}: {given!r} is neither a file nor a run in {runs}",
             hint=did_you_mean(run, known) or "`kdcli runs ls` lists the runs.",
         )
     return _from_run(name, folder, int(epoch) if epoch else None)
