@@ -48,7 +48,7 @@ def add(
 ) -> None:
     """Add a run's student or a checkpoint file to your zoo; a file is scored on its data first."""
     from kdcli.cli import tables
-    from kdcli.cli.train import into_zoo
+    from kdcli.workflows.distill import into_zoo
     from kdcli.training import run as runs
 
     if Path(what).is_file():

@@ -41,7 +41,7 @@ SAMPLE = 512  # images a folder's mean and std are measured on
 Notes = list[tuple[str, object, str]]
 
 
-def open_data(config: DataConfig, *, device: Device = "cpu") -> DataSet:
+def open_data(config: DataConfig, *, task: str = "classify", device: Device = "cpu") -> DataSet:
     """The data set a recipe names, small ones on `device` (unless their views are drawn by the host).
 
     Raises DataError for what is missing or broken, RecipeError for what makes no sense to ask of it.
