@@ -83,6 +83,7 @@ def check(
 def _show(found: "Checked") -> None:
     from kdcli.cli import tables
     from kdcli.system.sizes import text
+    from kdcli.workflows.check import epochs
 
     tables.notes(found.notes)
     columns = ["role", "name", "parameters", "multiply-adds", "input", found.metric.title]
@@ -97,7 +98,7 @@ def _show(found: "Checked") -> None:
         tables.line("", f"taps of {name}: {listed}")
     for fact in found.facts:
         tables.line("", fact)
-    tables.line("", f"{found.epochs} epochs: about {tables.duration(found.seconds)}")
+    tables.line("", f"{epochs(found.epochs)}: about {tables.duration(found.seconds)}")
     for warning in found.warnings:
         tables.line("warning:", warning, style="yellow")
 

@@ -81,8 +81,8 @@ def check(recipe: Recipe, device: torch.device, images: int) -> Checked:
         cost = _measure_cost(part, classroom)
         mentors = ", ".join(mentor.name for mentor in classroom.mentors) or "no mentors"
         facts.append(
-            f"stage {name}: {classroom.student_name.arch} with {mentors} ({part.method.label}), "
-            f"{cost.epochs} epochs, about {cost.seconds:.0f} s"
+            f"stage {name}: {classroom.student_name.arch} learns from {mentors} ({part.method.label}), "
+            f"{epochs(cost.epochs)}, about {cost.seconds:.0f} s"
         )
         seconds += cost.seconds
     raise AssertionError("a recipe's own part comes last")
@@ -105,7 +105,7 @@ def _check_last(recipe: Recipe, named: Recipe, classroom: Classroom, images: int
         found.facts.append(_bank_size(recipe, classroom, device))
     found.facts.append(f"{len(data.train)} training images, {len(data.test)} test images, {len(data.classes)} classes")
     for name, phase in cost.phases.items():
-        which = f" of phase {name} ({phase.epochs} epochs)" if len(cost.phases) > 1 else ""
+        which = f" of phase {name} ({epochs(phase.epochs)})" if len(cost.phases) > 1 else ""
         step = f"one step{which} {1000 * phase.step_seconds:.0f} ms here (the fastest of up to {STEPS})"
         found.facts.append(f"{step}, {cost.steps} steps an epoch")
     found.seconds, found.epochs = cost.seconds, cost.epochs
@@ -204,13 +204,18 @@ def _one_lesson(session: Session, learner: Learner) -> Iterator[Lesson]:
     yield learner.lesson(batch, session.mentors.answer(batch).of(learner.needs), 0.0, 0)
 
 
+def epochs(n: int) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{n} epoch{'' if n == 1 else 's'}"
+
+
 def _bank_size(recipe: Recipe, classroom: Classroom, device: torch.device) -> str:
     """What the recipe's banks take on the disk, and how many exist."""
     precision, _ = devices.precision(recipe.classroom.precision, device, frozen=True)
     wanted = {bank_files.id_of(one): one for one in bank_build.needed(classroom, recipe, precision).values()}
     there = sum((bank_files.folder() / name).is_dir() for name in wanted)
     size = bank_files.amount(sum(map(bank_files.bytes_of, wanted.values())))
-    return f"banks: {len(wanted)}, together {size}, {there} of them exist; filling them is not in the time below"
+    return f"banks: {len(wanted)} of {size} in all, {there} exist; filling them is not in the time below"
 
 
 def _some(test: Split, images: int) -> Split:

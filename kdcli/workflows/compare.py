@@ -183,7 +183,8 @@ def _train(
                 distributed.on_rank0(lambda: files.make_folder(checkpoints.path))
 
             shared, _ = split_by_stages(learners(config, methods, numbers))
-            label = f"seed {numbers[0]}: {len(shared)} students" if independent else f"{len(shared)} students"
+            label = f"{len(shared)} student{'s' if len(shared) > 1 else ''}"
+            label = f"seed {numbers[0]}: {label}" if independent else label
             group = Group(label, shared, checkpoints, {name: Run(run.path / name) for name in shared}, record=run)
             done, begun = distributed.on_rank0(lambda g=group: (g.done, resume and g.run.path.is_dir()))
             if not done:
