@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli import recipe as recipes
-from kdcli.errors import RecipeError, did_you_mean
+from kdcli.data import sources
+from kdcli.errors import RecipeError
 from kdcli.recipe import Recipe
 from kdcli.system import user_code
 
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "pack", "npz")
-
 Data = Annotated[
     str | None,
-    typer.Option(help="digits, cifar10, cifar100, imagenet[:DIR], folder:DIR, pack:FILE or npz:FILE.", metavar="NAME"),
+    typer.Option(help=sources.HELP, metavar="NAME"),
 ]
 Root = Annotated[str | None, typer.Option(help="Where data sets lie (default: KDCLI_DATA).", metavar="DIR")]
 Student = Annotated[str | None, typer.Option(help="The network that learns and ships.", metavar="NAME")]
@@ -100,19 +99,7 @@ def _defaults(data: str, root: str | None) -> str:
     """The built-in recipe with the training settings that suit a data set."""
     if not data:
         raise RecipeError("no data is named", hint="Add --data NAME or --recipe NAME; `kdcli data ls` lists data.")
-    kind, _, where = data.partition(":")
-    if kind not in KINDS:
-        raise RecipeError(
-            f"data.name: no data set called {data!r}",
-            hint=f"{did_you_mean(kind, KINDS)} Your own pictures are folder:DIR, one folder a class.".strip(),
-        )
-    if kind == "pack" and where:
-        from kdcli.data.pack import facts
-        from kdcli.data.sources import here_or
-        from kdcli.system.paths import data_root
-
-        kind = facts(here_or(data_root(root), where))["kind"]  # of what was packed
-    return f"defaults/{'cifar' if kind.startswith('cifar') else kind}"
+    return sources.recipe_for(data, root)
 
 
 def seeds(text: str) -> list[int]:
