@@ -319,7 +319,7 @@ def find(name: str, extended_by: Path | None = None) -> Path:
     if extended_by is not None:
         tries = [extended_by.parent / name, extended_by.parent / f"{name}.toml", *tries]
     tries += [shipped("recipes") / f"{name}.toml", shipped("recipes") / name]
-    hits = [path.resolve() for path in tries if path.is_file()]
+    hits = [path.resolve() for path in tries if path.suffix == ".toml" and path.is_file()]  # not recipes/RESULTS.md
     if hits:
         return next((path for path in hits if path != extended_by), hits[0])
     known = names()
