@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli import recipe as recipes
-from kdcli.errors import RecipeError, did_you_mean
+from kdcli.data import sources
+from kdcli.errors import RecipeError
 from kdcli.recipe import Recipe
 from kdcli.system import user_code
 
 if TYPE_CHECKING:
     import torch
-
-KINDS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "pack", "npz")
 
 CLASSROOM, DATA, TRAINING, MACHINE, OUTPUT = "Classroom", "Data", "Training", "Machine", "Output"
 """The groups in which --help shows the flags."""
@@ -43,11 +42,8 @@ From = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option(
-        help="digits, cifar10, cifar100, imagenet[:DIR], folder:DIR, pack:FILE or npz:FILE.", metavar="NAME",
-        rich_help_panel=DATA,
-    ),
-]  # fmt: skip
+    typer.Option(help=sources.HELP, metavar="NAME", rich_help_panel=DATA),
+]
 Root = Annotated[
     str | None,
     typer.Option(help="The folder that holds data sets (default: KDCLI_DATA).", metavar="DIR", rich_help_panel=DATA),

@@ -47,7 +47,7 @@ def finished(run: Path, command: tuple[str, ...]) -> bool:
     """Whether the kill came after the last write."""
     if command[0] == "compare":
         return (run / "compare.json").is_file()
-    return (run / "provenance.json").is_file() and "finished" in json.loads((run / "provenance.json").read_text())
+    return (run / "provenance.json").is_file() and json.loads((run / "provenance.json").read_text()).get("finished")
 
 
 def reached(run: Path) -> str:
