@@ -146,19 +146,7 @@ def _defaults(data: str, root: str | None) -> str:
     """The built-in recipe with the training settings that suit a data set."""
     if not data:
         raise RecipeError("no data is named", hint="Add --data NAME or --recipe NAME; `kdcli data ls` lists data.")
-    kind, _, where = data.partition(":")
-    if kind not in KINDS:
-        raise RecipeError(
-            f"data.name: no data set called {data!r}",
-            hint=f"{did_you_mean(kind, KINDS)} Your own images are folder:DIR, one folder a class.".strip(),
-        )
-    if kind == "pack" and where:
-        from kdcli.data.pack import facts
-        from kdcli.data.sources import here_or
-        from kdcli.system.paths import data_root
-
-        kind = facts(here_or(data_root(root), where))["kind"]  # of what was packed
-    return f"defaults/{'cifar' if kind.startswith('cifar') else kind}"
+    return sources.recipe_for(data, root)
 
 
 def seeds(text: str) -> list[int]:
