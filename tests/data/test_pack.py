@@ -191,7 +191,7 @@ def test_a_stopped_run_is_not_continued_on_other_pixels(pets, tmp_path):
     distill.same_room(run, again)
     done.path.unlink()
     packed(pets, size=40, quality=30)
-    with pytest.raises(WeightsError, match="other pictures"):
+    with pytest.raises(WeightsError, match="other images"):
         distill.same_room(run, distill.open_room(run.recipe, torch.device("cpu"), mentors=False)[1])
 
 
@@ -304,7 +304,7 @@ def test_a_disk_without_space_is_reported_before_anything_is_written(pets, monke
 
 
 def test_a_disk_that_fills_up_leaves_nothing(pets, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np.lib.format, "write_array", full)

@@ -33,7 +33,13 @@ def refused(path, kind: type[KdcliError] = DataError, **keys) -> KdcliError:
 
 def test_digits_are_1437_and_360_and_balanced():
     data = open_data(DataConfig(name="digits"))
-    assert (len(data.train), len(data.test), data.image_size, data.augment, data.views) == (1437, 360, (16, 16), "crop", 25)
+    assert (len(data.train), len(data.test), data.image_size, data.augment, data.views) == (
+        1437,
+        360,
+        (16, 16),
+        "crop",
+        25,
+    )
     assert data.classes == [str(n) for n in range(10)]
     assert torch.bincount(data.test.targets).min() >= 35
     share = torch.bincount(data.test.targets) / (torch.bincount(data.train.targets) + torch.bincount(data.test.targets))
