@@ -90,7 +90,7 @@ class Task(Protocol):
         ...
 
     def same(self, a: Tensor, b: Tensor, tie: float = 0.0) -> Bool[Tensor, " B"]:
-        """Whether two models give an image the same answer; outputs of `a` within `tie` of each other count as equal."""
+        """Whether two models give an image the same answer; values of `a` within `tie` of each other count as equal."""
         ...
 
     def decode(self, out: Tensor) -> Tensor:
