@@ -180,7 +180,8 @@ class Views:
         if self._policy is not None:
             out = self._auto(out, view)
         if self.preset.cutout:
-            out = _cut(out, *(lot(view, 3 + axis, side) for axis, side in enumerate(self.size)), view < 0)
+            height, width = self.size
+            out = _cut(out, lot(view, 3, height), lot(view, 4, width), view < 0)
         return out
 
     def finish(self, pixels: Tensor, view: Int[Tensor, " B"]) -> Tensor:
@@ -303,9 +304,9 @@ def resized_crop(image: Tensor, draws: list[float], size: Size) -> Tensor:
     Without numbers the whole image, resized.
     """
     if not draws:
-        return resized(image, *size)
+        return resized(image, size[0], size[1])
     top, left, height, width = _crop(draws, *image.shape[-2:], size)
-    out = resized(image[:, top : top + height, left : left + width], *size)
+    out = resized(image[:, top : top + height, left : left + width], size[0], size[1])
     return out.flip(-1) if _mirrored(draws) else out
 
 

@@ -49,12 +49,12 @@ class Run:
 
     @property
     def begun(self) -> bool:
-        """Whether the folder holds a run: the provenance is the first file that a run writes (after the user's methods)."""
+        """Whether the folder holds a run: after the user's methods, provenance is the first file that a run writes."""
         return (self.path / "provenance.json").exists()
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: the score is the last thing that a run writes, compare.json that of a compare."""
+        """Whether nothing is left to do: a run writes its score last, a compare its compare.json."""
         facts = self.provenance  # runs of earlier versions have no `finished`, but a best epoch
         return bool(facts.get("finished", "best_epoch" in facts)) or (self.path / "compare.json").is_file()
 
