@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_threads_change_nothing(folder, augment, monkeypatch):
 
 
 def test_the_number_of_threads_is_said(folder):
-    notes = {key: (value, why) for key, value, why in opened(folder()).notes}
+    notes: dict[str, Any] = {key: (value, why) for key, value, why in opened(folder()).notes}
     assert notes["data.workers"][0] >= 1
     assert "threads" in notes["data.workers"][1]
     assert readers(opened(folder(root="b"), workers=3)).workers == 3
