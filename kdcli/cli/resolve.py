@@ -1,4 +1,4 @@
-"""What evaluate, export and bench are pointed at: a run, an ONNX file or NAME@WEIGHTS, and its data."""
+"""What evaluate, export and bench are pointed at: a run, an exported file or NAME@WEIGHTS, and its data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from kdcli import recipe as recipes
 from kdcli.cli import tables
 from kdcli.errors import RecipeError, did_you_mean
+from kdcli.export import is_exported, open_file
 from kdcli.recipe import Recipe
 from kdcli.training import run as runs
 from kdcli.training.run import Run
@@ -34,8 +35,8 @@ def subject(
     over |= {"data.name": data} if data else {}
     over |= {"data.root": root} if root else {}
     over |= {"data.skip_corrupt": True} if skip_corrupt else {}
-    if given and given.endswith(".onnx"):
-        return _onnx(given, over, device)
+    if given and is_exported(given):
+        return _exported(given, over, device)
     if given and given.endswith(".safetensors") and Path(given).with_suffix(".toml").is_file():
         return _carded(Path(given), over, device)
     if given and not (Path(given) / "provenance.json").is_file() and not (runs.ROOT / given).is_dir():
@@ -61,10 +62,9 @@ def _carded(path: Path, over: dict[str, Any], device: Any) -> Subject:
     return Subject(str(path), member.to(device), opened, None, _task(card.task, opened))
 
 
-def _onnx(path: str, over: dict[str, Any], device: Any) -> Subject:
-    from kdcli.export.onnx import OnnxModel
-
-    model = OnnxModel(Path(path))
+def _exported(path: str, over: dict[str, Any], device: Any) -> Subject:
+    """An exported file, on the data of its run if no other is named."""
+    model = open_file(path)
     recipe = Recipe().with_(**over)
     if recipe.data.name is None:
         run = model.metadata.get("run", "")
@@ -87,7 +87,7 @@ def _named(spec: str, over: dict[str, Any], device: Any) -> Subject:
         if "@" in spec or ":" in spec:
             raise
         raise RecipeError(
-            f"{spec!r} is neither a run, an ONNX file nor a model's name",
+            f"{spec!r} is neither a run, an exported file nor a model's name",
             hint=f"{did_you_mean(spec, known) if known else error.hint} `kdcli runs ls` lists the runs; "
             "a checkpoint is named ARCHITECTURE@PATH.",
         ) from None

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from kdcli.export import student_file
 from kdcli.recipe import Recipe
 from kdcli.system import device as devices
 from kdcli.system.paths import data_root, home
+from kdcli.tasks import TASKS
 from kdcli.training import run as runs
 from kdcli.training.run import Run
 
@@ -62,10 +64,10 @@ def _speed_ratio(device: torch.device) -> float:
 
 def _self_test() -> dict[str, Any]:
     """One epoch of a tiny student on the digits, saved, read back, exported and checked."""
-    from kdcli.export.onnx import export_onnx
     from kdcli.training.session import Session
     from kdcli.training.student import student_of
     from kdcli.workflows import distill
+    from kdcli.workflows.export import export
 
     began, where = time.perf_counter(), "reading the digits"
     try:
@@ -79,8 +81,9 @@ def _self_test() -> dict[str, Any]:
             distill.start(session, "distill", classroom)
             for _ in distill.go(session):
                 pass
-            where = "exporting it to ONNX and asking onnxruntime"
-            done = export_onnx(student_of(run), classroom.data.test.take(64), run.path / "s.onnx", metadata={})
+            where = "exporting it and running the file"
+            task = TASKS[recipe.task](len(classroom.data.classes))
+            done = export(student_of(run), classroom.data, task, student_file(run.path), run=run)
     except Exception as error:
         return {"result": "failed", "while": where, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     assert isinstance(session, Session)

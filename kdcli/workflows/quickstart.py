@@ -52,23 +52,11 @@ def tell(config: Recipe, seeds: list[int], device: torch.device, out: str | None
         compare.start(session, classroom, config, METHODS, seeds)
         follow(compare.go(session), f"{len(session.learners)} students")
     found = compare.summarise(folder)
-    kept = {name: Run(folder.path / f"{name}-{seeds[0]}") for name in (compare.CONTROL, "classroom")}  # never the best
-    members = {
-        "teacher": build_classroom(config, data, device).mentors[
-            0
-        ],  # afresh: those that taught may be in half precision
-        "control": student_of(kept[compare.CONTROL]),
-        "student": student_of(kept["classroom"]),
-    }
-    facts = {"dataset": data.name, "classes": json.dumps(data.classes)}
-    own = {"control": {"run": str(kept[compare.CONTROL].path)}, "student": {"run": str(kept["classroom"].path)}}
-    shipped = ship(
-        members,
-        data,
-        TASKS[config.task](len(data.classes)),
-        folder.path,
-        {role: facts | own.get(role, {}) for role in members},
-    )
+    learners = {"control": compare.CONTROL, "student": "classroom"}
+    students = {role: Run(folder.path / f"{name}-{seeds[0]}") for role, name in learners.items()}  # never the best seed
+    teacher = build_classroom(config, data, device).mentors[0]  # built again: the one in use may be in half precision
+    members = {"teacher": teacher, **{role: student_of(run) for role, run in students.items()}}
+    shipped = ship(members, data, TASKS[config.task](len(data.classes)), folder.path, students)
     files.write_text(folder.path / "shipping.json", json.dumps([row.json() for row in shipped], indent=1))
     return Story(folder, classroom, found, shipped)
 
