@@ -1,5 +1,6 @@
 """What evaluate, export and bench are pointed at: a run, an exported file or NAME@WEIGHTS, and its data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from kdcli.cli import tables
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.export import is_exported, open_file
 from kdcli.recipe import Recipe
+from kdcli.system.sizes import plain
 from kdcli.training import run as runs
 from kdcli.training.run import Run
 from kdcli.training.student import student_of
@@ -120,12 +122,12 @@ def _on_data(what: str, over: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _data(recipe: Recipe, size: int | None, device: Any) -> Any:
+def _data(recipe: Recipe, size: int | Sequence[int] | None, device: Any) -> Any:
     from kdcli.data import open_data
 
     config = recipe.data
     if size is not None and config.image_size is None:
-        config = config.model_copy(update={"image_size": size})
+        config = config.model_copy(update={"image_size": plain(size)})
     return open_data(config, device=device)
 
 
