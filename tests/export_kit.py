@@ -39,7 +39,7 @@ class Student(nn.Module):
         return self.net((images - self.mean) / self.std).float()
 
 
-def lived(net: nn.Module) -> nn.Module:
+def as_if_trained(net: nn.Module) -> nn.Module:
     """Norms and biases as after training: an untrained network hides what an export loses."""
     torch.manual_seed(1)
     for module in net.modules():
@@ -58,7 +58,7 @@ def lived(net: nn.Module) -> nn.Module:
 
 def convnet() -> nn.Module:
     torch.manual_seed(0)
-    return lived(
+    return as_if_trained(
         nn.Sequential(
             *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
             *(nn.Conv2d(8, 12, 3, stride=2), nn.BatchNorm2d(12), nn.Hardswish(), nn.Dropout(0.5)),
@@ -74,7 +74,7 @@ def images(n: int, size: int | Size = 16, seed: int = 3) -> Tensor:
 
 
 def export(network: nn.Module, real: Tensor, path: Path, of: Task | None = None, **options: Any) -> Exported:
-    """`export_onnx` with what a task says, classification of CLASSES by default."""
+    """`export_onnx` with what the task gives it, by default classification of CLASSES."""
     of = of or Classify(len(CLASSES))
     meaning = {"task": of.name, "output_name": of.output_name, "same": of.same}
     return export_onnx(network, real, path, **{"metadata": {}, **meaning, **options})

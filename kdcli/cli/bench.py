@@ -6,7 +6,7 @@ import typer
 
 from kdcli.cli import options as o
 
-EXAMPLES = ("kdcli bench", "kdcli bench --data folder:pictures,pack:pictures.pack")
+EXAMPLES = ("kdcli bench", "kdcli bench --data folder:images,pack:images.pack")
 
 
 def bench(

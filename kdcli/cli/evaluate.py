@@ -6,7 +6,7 @@ import typer
 
 from kdcli.cli import options as o
 
-EXAMPLES = ("kdcli evaluate", "kdcli evaluate student.onnx --data folder:pictures")
+EXAMPLES = ("kdcli evaluate", "kdcli evaluate student.onnx --data folder:images")
 
 
 def evaluate(

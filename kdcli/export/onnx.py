@@ -46,7 +46,7 @@ def export_onnx(
 
     The file's input is `pixels`, of the size of `real`, its output `output_name`; `batch` fixes the batch size, None
     leaves it free. onnxruntime must answer like torch on the `real` images and on 8 random ones: largest difference at
-    most `tolerance` times the largest output, and on the real ones the `same` answer, except where torch's own answer
+    most `tolerance` times the largest output, and on the real ones the `same` answer, except where the answer in torch
     is a tie. `metadata` goes into the file's metadata_props (`classes` as a JSON list of K names) with `task`, `input`,
     `image_size` (`256x192`, height first; one number for a square) and `kdcli_version`. `network` is not changed: a
     float32 copy on the CPU in eval mode is exported.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdcli.errors import KdcliError, ParityError, WeightsError
 from kdcli.export.base import Runtime, Same
 
-RANDOM = 8  # images of noise beside the real ones: they reach values that real images do not
+RANDOM = 8  # images of noise, checked as well: they reach values that real images do not
 TIE = 2e-5  # two outputs this near, relative to the largest one, are one answer in float32
 DIFFERS = (
     "The exported file does not answer as the student does, so it was not kept. Try another `--opset`, or `--batch 1`."

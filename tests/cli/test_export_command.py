@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_kit import STUDENT, TINY, kdcli
-from export_kit import lived, pairs
+from export_kit import as_if_trained, pairs
 
 from kdcli import data as sources, export as formats
 from kdcli.export import Exported, Format, open_file
@@ -80,12 +80,12 @@ def test_another_format_goes_through_every_command(run, toy, here):
 def test_a_file_with_several_labels_an_image_is_scored_by_its_own_task(here, monkeypatch):
     data, task = pairs(), TASKS["multilabel"](10)
     member = build(resolve(STUDENT), data, "student").member
-    lived(member.net)
+    as_if_trained(member.net)
     export(member.eval(), data, task, Path("s.onnx"))
-    asked = []
-    monkeypatch.setattr(sources, "open_data", lambda config, **_: asked.append(config) or data)
+    configs = []
+    monkeypatch.setattr(sources, "open_data", lambda config, **_: configs.append(config) or data)
     scored = kdcli("evaluate", "s.onnx", "--data", "npz:pairs.npz", "--json").json
     assert {"map", "f1", "loss", "exact", "per_class"} <= scored.keys()
     assert "top1" not in scored
-    assert asked[0].image_size == [8, 16]
+    assert configs[0].image_size == [8, 16]
     assert "mAP %" in kdcli("evaluate", "s.onnx", "--data", "npz:pairs.npz").out

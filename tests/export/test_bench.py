@@ -1,4 +1,4 @@
-"""Files are timed in turn, on the threads asked for; the numbers are what the clock said."""
+"""Files are timed in turn, on the given threads; the figures are what the clock measured."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-import kdcli.export.bench as room
+import kdcli.export.bench as module
 from kdcli.errors import KdcliError, WeightsError
 from kdcli.export.bench import Timing, bench
 
@@ -30,13 +30,13 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ms = 0.0
-        monkeypatch.setattr(room.time, "perf_counter", lambda: self.ms / 1e3)
-        monkeypatch.setattr(room.time, "perf_counter_ns", lambda: round(self.ms * 1e6))
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.ms / 1e3)
+        monkeypatch.setattr(module.time, "perf_counter_ns", lambda: round(self.ms * 1e6))
 
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """bench on models that take as long as they say, and the log of their calls."""
+    """bench on models that take a set time, and the log of their calls."""
     clock, calls, made = Clock(monkeypatch), [], {}
     takes = {"a": lambda i: 1.0 + i, "b": lambda i: 10.0, "c": lambda i: 100.0}
 
@@ -51,7 +51,7 @@ def fakes(monkeypatch):
             calls.append((name, pixels.shape, pixels.dtype))
             clock.ms += takes[name](sum(c[0] == name for c in calls) - 1)
 
-    monkeypatch.setattr(room, "open_file", Fake)
+    monkeypatch.setattr(module, "open_file", Fake)
     return calls, made
 
 
@@ -96,7 +96,7 @@ def test_seconds_end_the_rounds_early(fakes):
     (c,) = bench(paths("c"), runs=1000, seconds=2.0)
     assert c.runs == 20  # of 100 ms each
     (c,) = bench(paths("c"), runs=1000, seconds=0.1)
-    assert c.runs == room.MIN_ROUNDS
+    assert c.runs == module.MIN_ROUNDS
     (c,) = bench(paths("c"), runs=4, seconds=0.1)
     assert c.runs == 4
 

@@ -9,12 +9,12 @@ import onnx
 import pytest
 import timm
 import torch
-from export_kit import CLASSES, Student, answers, convnet, export, images, lived
+from export_kit import CLASSES, Student, answers, as_if_trained, convnet, export, images
 from torch import Tensor, nn
 
 import kdcli
 from kdcli.errors import DataError, KdcliError, ParityError, WeightsError
-from kdcli.export import Exported, onnx as room
+from kdcli.export import Exported, onnx as module
 from kdcli.export.runtime import OnnxModel
 from kdcli.tasks import MultiLabel
 
@@ -131,7 +131,7 @@ def test_names_and_no_path_of_this_machine_in_the_file(free):
 )
 def test_attention(tmp_path, name, options):
     """Swin's second block shifts its windows: its mask depends on the batch size."""
-    net = lived(timm.create_model(name, img_size=16, num_classes=5, **options))
+    net = as_if_trained(timm.create_model(name, img_size=16, num_classes=5, **options))
     shipped = ship(tmp_path, net, 16)
     assert shipped.done.agreement == 100
     pixels = images(5, seed=9)
@@ -143,7 +143,7 @@ def test_an_older_exporters_antialiasing_is_put_right():
     node = onnx.helper.make_node("Resize", ["x", "", "", "s"], ["y"], mode="cubic", antialias=1, cubic_coeff_a=-0.75)
     plain = onnx.helper.make_node("Resize", ["y", "", "", "s"], ["z"], mode="cubic", antialias=0, cubic_coeff_a=-0.75)
     proto = onnx.helper.make_model(onnx.helper.make_graph([node, plain], "g", [], []))
-    room._as_torch_resizes(proto)
+    module._as_torch_resizes(proto)
     first, second = ({a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in proto.graph.node)
     assert (first["exclude_outside"], first["cubic_coeff_a"], first["mode"]) == (1, -0.5, b"cubic")
     assert second["cubic_coeff_a"] == -0.75
@@ -154,13 +154,13 @@ def test_an_older_exporters_antialiasing_is_put_right():
 def known_trace(free, monkeypatch):
     """Exports of the fixture's student without tracing it again."""
     proto = onnx.load(free.done.path)
-    monkeypatch.setattr(room, "_trace", lambda *_: proto)
+    monkeypatch.setattr(module, "_trace", lambda *_: proto)
 
 
-@pytest.mark.parametrize(("size", "own"), [((12, 20), (12, 20)), ((20, 12), (16, 24))])
-def test_images_that_are_not_square(tmp_path, size, own):
-    """Also for a network that resizes to a size of its own, height and width by different factors."""
-    student = Student(convnet(), own)
+@pytest.mark.parametrize(("size", "inner"), [((12, 20), (12, 20)), ((20, 12), (16, 24))])
+def test_images_that_are_not_square(tmp_path, size, inner):
+    """Also for a network that resizes to another size, height and width by different factors."""
+    student = Student(convnet(), inner)
     done = export(student, images(16, size), tmp_path / "s.onnx", metadata={"classes": json.dumps(CLASSES)})
     model = OnnxModel(done.path)
     assert (model.input_size, model.metadata["image_size"]) == (size, f"{size[0]}x{size[1]}")
@@ -258,15 +258,15 @@ class BatchOfTwo(nn.Module):
         return x.reshape(2, -1)[:, :5]
 
 
-class Asks(nn.Module):
+class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
 
 
 def test_a_batch_size_that_is_not_free(tmp_path, capfd):
-    for net, real in ((BatchOfTwo(), images(8)), (Asks(), images(8))):
+    for net, real in ((BatchOfTwo(), images(8)), (Branches(), images(8))):
         with pytest.raises(KdcliError, match="free batch size") as caught:
-            room._trace(net.eval(), real, None, 18, "logits")
+            module._trace(net.eval(), real, None, 18, "logits")
         assert "--batch 1" in caught.value.hint
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")  # the exporter's chatter is not the user's
