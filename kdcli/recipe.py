@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.system import user_code
@@ -17,6 +17,13 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 STAGE = "@stage:"
 """What the name of a stage's graduate begins with, wherever a network is named."""
 NAMED = ("student", "teacher", "peers")
+REMOVED = {
+    "data.readers": "Images are decoded by threads; data.workers says how many.",
+    "data.decode": "Images are decoded on the CPU.",
+}
+"""Keys of earlier versions, with what to use instead."""
+OLD_DEFAULTS = {"data.readers": "auto", "data.decode": "cpu"}
+"""Values of removed keys that the run folders of earlier versions hold; ignored, since they change nothing."""
 
 
 class Section(BaseModel):
@@ -26,20 +33,31 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which pictures, at what size, how augmented, in which order."""
+    """Which images, at what size, how augmented, in which order."""
 
-    name: str | None = None  # digits | cifar10 | cifar100 | imagenet[:DIR] | folder:DIR | pack:FILE | npz:FILE
+    name: str | None = None  # kdcli/data/sources.py lists them: digits | cifar100 | imagenet[:DIR] | folder:DIR | ...
     root: str | None = None  # where downloads and bare names are looked for; default KDCLI_DATA, then KDCLI_HOME/data
-    image_size: int | None = Field(default=None, ge=8, le=1024)  # pixels, square; default the data set's own
+    image_size: int | tuple[int, int] | None = None  # pixels of a square, or [height, width]; default the data set's
     augment: str = "auto"  # a preset's name; auto: the data set's own
     views: int | None = Field(default=None, ge=1)  # keep to this many views of an image, so that a bank can hold them
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the training set kept for choosing an epoch
     per_class: int | None = Field(default=None, ge=1)  # use only this many training images of every class
     seed: int = Field(default=0, ge=0)  # order and views
-    readers: Literal["auto", "threads", "processes"] = "auto"  # what decodes a folder's or a pack's images
-    workers: int | None = Field(default=None, ge=0)  # how many of them; 0: the main process; default from the machine
-    decode: Literal["cpu", "cuda"] = "cpu"  # where JPEGs are decoded; a GPU's pixels differ a little
+    workers: int | None = Field(default=None, ge=0)  # threads that decode; 0: the main one; default from the machine
     skip_corrupt: bool = False
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _one_or_two_sides(cls, value: Any) -> Any:
+        """A square as one number, also where it is given as [32, 32]: one size, one recipe hash."""
+        if value is None:
+            return None
+        sides = value if isinstance(value, list | tuple) else (value, value)
+        numbers = [type(side) in (int, float) and side == int(side) for side in sides]
+        if len(sides) != 2 or not all(numbers) or not all(8 <= side <= 1024 for side in sides):
+            raise ValueError("a number of pixels from 8 to 1024, or two of them as [height, width]")
+        height, width = map(int, sides)
+        return height if height == width else (height, width)
 
 
 class ClassroomConfig(Section):
@@ -170,7 +188,7 @@ class Recipe(Section):
         """sha256 of what decides the result: not titles, published figures, other methods' options, when to save or who
         decodes; of an own method what its file holds, wherever that lies."""
         idle: dict[str, Any] = {"title": True, "source": True, "expect": True, "baselines": True}
-        idle |= {"train": {"checkpoint_minutes"}, "data": {"readers", "workers"}}
+        idle |= {"train": {"checkpoint_minutes"}, "data": {"workers"}}
         plain = self.model_dump(mode="json", exclude=idle | ({} if self.stage else {"stage": True}))
         plain["method"] = _floats(plain["method"])  # nothing has made these one type yet, and tau = 4 is tau = 4.0
         if user_code.named(self.method.name):
@@ -267,6 +285,7 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="Check the file's permissions.") from None
     base = tables.pop("extends", None)
+    tables = _without_old_defaults(tables)
     _check_keys(tables, str(path))
     tables = located(tables, path.parent)
     if base is None:
@@ -300,7 +319,7 @@ def find(name: str, extended_by: Path | None = None) -> Path:
     if extended_by is not None:
         tries = [extended_by.parent / name, extended_by.parent / f"{name}.toml", *tries]
     tries += [shipped("recipes") / f"{name}.toml", shipped("recipes") / name]
-    hits = [path.resolve() for path in tries if path.is_file()]
+    hits = [path.resolve() for path in tries if path.suffix == ".toml" and path.is_file()]  # not recipes/RESULTS.md
     if hits:
         return next((path for path in hits if path != extended_by), hits[0])
     known = names()
@@ -351,6 +370,7 @@ def _method(table: Any, otherwise: str = MethodConfig.model_fields["name"].defau
 
 def from_dict(tables: dict[str, Any], where: str) -> Recipe:
     """A checked Recipe. Raises RecipeError that says `where: key`, what was wrong and the nearest allowed name."""
+    tables = _without_old_defaults(tables)
     _check_keys(tables, where)
     try:
         recipe = Recipe.model_validate(tables)
@@ -381,6 +401,15 @@ def _check_keys(tables: dict[str, Any], where: str) -> None:
             _unknown(one, StageConfig, where, f"stage.{one.get('name', n)}.")
 
 
+def _without_old_defaults(tables: dict[str, Any]) -> dict[str, Any]:
+    out = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
+    for dotted, value in OLD_DEFAULTS.items():
+        name, key = dotted.split(".")
+        if isinstance(table := out.get(name), dict) and table.get(key) == value:
+            del table[key]
+    return out
+
+
 def staged(config: ClassroomConfig, *, mentors: bool = True) -> list[str]:
     """The stages whose graduates a classroom names, as its student and, with `mentors`, as its mentors."""
     specs = [config.student, *((config.teacher, *config.peers) if mentors else ())]
@@ -405,6 +434,8 @@ def _check_stages(recipe: Recipe, where: str) -> None:
 
 def _unknown(table: dict[str, Any], model: type[BaseModel], where: str, prefix: str) -> None:
     for key in table:
+        if cure := REMOVED.get(prefix + key):
+            raise RecipeError(f"{where}: {prefix}{key} was removed", hint=cure)
         if key not in model.model_fields:
             raise RecipeError(
                 f"{where}: {prefix}{key}: no such key",

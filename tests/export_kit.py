@@ -1,20 +1,21 @@
 """What the tests of exported files share: networks as after training, and real digits as data of two tasks."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.data import DataSet, Split, arrays
-from kdcli.data.dataset import as_float
+from kdcli.data import DataSet, open_data
+from kdcli.data.digits import read
 from kdcli.export import Exported
 from kdcli.export.onnx import export_onnx
 from kdcli.models.build import build
 from kdcli.models.member import Member
 from kdcli.models.registry import resolve
+from kdcli.recipe import DataConfig
 from kdcli.system.sizes import Size, pair
 from kdcli.tasks import Classify, Task
 
@@ -89,48 +90,27 @@ def answers(student: nn.Module, pixels: Tensor) -> Tensor:
     return out
 
 
-class InMemory:
-    """A store of uint8 images [N, 3, H, W] without augmentation."""
-
-    def __init__(self, pixels: Tensor) -> None:
-        self.pixels = pixels
-
-    def batches(self, index: Tensor, view: Tensor, size: int, device: Any) -> Iterator[Tensor]:
-        for rows in index.split(size):
-            yield as_float(self.pixels[rows.cpu()]).to(device)
-
-
-def data_set(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> DataSet:
-    """A data set of ten digits from (pixels [N, 3, H, W] uint8, targets) of both parts."""
-    splits = [Split(InMemory(pixels), target) for pixels, target in (train, test)]  # pyright: ignore[reportArgumentType]
-    moments = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
-    size = (train[0].shape[2], train[0].shape[3])
-    return DataSet(name, [str(n) for n in range(10)], None, "0" * 64, *moments, size, "none", *splits)
-
-
 def digits(size: Size) -> DataSet:
     """scikit-learn's handwritten digits, resized to (height, width)."""
-
-    def part(name: str) -> tuple[Tensor, Tensor]:
-        grey = torch.from_numpy(raw.images[name]).float().expand(-1, 3, -1, -1)
-        pixels = F.interpolate(grey, size=size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
-        return pixels, torch.from_numpy(raw.labels[name])
-
-    raw = arrays.digits()
-    return data_set(f"digits at {size[0]}x{size[1]}", part("train"), part("test"))
+    return open_data(DataConfig(name="digits", image_size=size, augment="none"))
 
 
-def pairs() -> DataSet:
-    """Two handwritten digits side by side, [N, 3, 8, 16]; the labels are the one or two digits that an image shows."""
+def pairs(path: Path) -> DataSet:
+    """Two handwritten digits side by side, [N, 3, 8, 16], written to `path` as an .npz file and opened.
 
-    def part(name: str, n: int) -> tuple[Tensor, Tensor]:
-        both = torch.randint(len(raw.labels[name]), (n, 2), generator=torch.Generator().manual_seed(0))
-        pixels = torch.from_numpy(raw.images[name]).expand(-1, 3, -1, -1)
-        labels = F.one_hot(torch.from_numpy(raw.labels[name]), 10)[both].amax(1)
-        return torch.cat([pixels[both[:, 0]], pixels[both[:, 1]]], -1), labels.float()
-
-    raw = arrays.digits()
-    return data_set("pairs of digits", part("train", 2000), part("test", 300))
+    The labels are the one or two digits that an image shows. Pairs to train on are made of the training digits, pairs to
+    test on of the test digits.
+    """
+    raw, rng, parts = read(DataConfig(name="digits"), []), np.random.default_rng(0), {}
+    for part, n in (("train", 2000), ("test", 300)):
+        left, right = rng.integers(0, len(raw.labels[part]), (2, n))
+        parts[f"{part}_images"] = np.concatenate([raw.images[part][left, 0], raw.images[part][right, 0]], axis=2)
+        present = np.zeros((n, 10), np.uint8)
+        for side in (left, right):
+            present[np.arange(n), raw.labels[part][side]] = 1
+        parts[f"{part}_labels"] = present
+    np.savez_compressed(path, **parts, class_names=np.array(raw.classes))
+    return open_data(DataConfig(name=f"npz:{path}", image_size=(8, 16), augment="none"), task="multilabel")
 
 
 def trained(data: DataSet, task: Task, steps: int = 80) -> Member:

@@ -1,4 +1,4 @@
-"""kdcli bench: exported files, or ways to read data, timed side by side."""
+"""kdcli bench: exported files, or data sets, timed side by side."""
 
 from typing import Annotated
 
@@ -27,8 +27,7 @@ def bench(
 ) -> None:
     """Latency and throughput of exported files, called in turn within one process.
 
-    With --data (several, separated by commas): images per second of the training stream instead, decoded by threads and
-    by processes in turn.
+    With --data (several, separated by commas): images per second of each one's training stream instead.
     """
     from dataclasses import asdict
     from pathlib import Path
@@ -79,15 +78,16 @@ def _feed(data, batch, seconds, sets, root, skip_corrupt, device, json):
     from dataclasses import asdict
 
     from kdcli.cli import tables
+    from kdcli.data.sources import SOURCES, packable
     from kdcli.data.throughput import rates
     from kdcli.recipe import Recipe, parse_set
     from kdcli.system import device as devices
 
     over = {**parse_set(sets or []), "data.root": root, "data.skip_corrupt": skip_corrupt}
-    names = re.split(rf",(?=(?:{'|'.join(o.KINDS)})\b)", data)
-    configs = [Recipe().with_(**{**over, "data.name": name}).data for name in names]
+    names = re.split(rf",(?=(?:{'|'.join(SOURCES)})\b)", data)  # a path may hold commas
+    recipes = [Recipe().with_(**{**over, "data.name": name}) for name in names]
     picked = devices.pick(device)
-    measured = rates(configs, batch=batch, device=picked, seconds=seconds)
+    measured = rates([r.data for r in recipes], task=recipes[0].task, batch=batch, device=picked, seconds=seconds)
     if json:
         tables.as_json([asdict(rate) for rate in measured])
         return
@@ -98,8 +98,7 @@ def _feed(data, batch, seconds, sets, root, skip_corrupt, device, json):
     title = f"training stream, batch {batch}, three windows of {seconds:g} s, to {devices.describe(picked)}"
     tables.table(["data", "read by", "workers", "images/s", "windows"], rows, title=title, left=2)
     best = max(measured, key=lambda rate: rate.images_per_second)
-    if len(names) == 1 and names[0].partition(":")[0] in ("folder", "imagenet"):
+    if len(names) == 1 and packable(names[0]):
         tables.next_line(f"kdcli data pack --data {names[0]}")
     else:
-        chosen = f" --set data.readers={best.readers}" if best.readers in ("threads", "processes") else ""
-        tables.next_line(f"kdcli train --model NAME --data {best.data}{chosen}")
+        tables.next_line(f"kdcli train --model NAME --data {best.data}")

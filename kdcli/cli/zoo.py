@@ -48,8 +48,8 @@ def add(
 ) -> None:
     """Add a run's student or a checkpoint file to your zoo; a file is scored on its data first."""
     from kdcli.cli import tables
-    from kdcli.cli.train import into_zoo
     from kdcli.training import run as runs
+    from kdcli.workflows.distill import into_zoo
 
     if Path(what).is_file():
         card = _from_file(Path(what), architecture, data, licence, data_root)

@@ -1,4 +1,4 @@
-"""A batch: images with their targets, each named so that it can be drawn again; and its share on one of several ranks."""
+"""A batch: images with targets, each named so that it can be drawn again; and its share on one of several ranks."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """Targets and indices of a whole batch, of which each of several ranks holds some images.
+    """Targets and indices of a whole batch whose images are divided among ranks.
 
     It may be a micro-batch: rows `at` to `at + len(index)` of a batch of `size`.
     """
@@ -39,7 +39,7 @@ class Batch:
         after mixup.
     index: [B] int64, each sample's number in its full set.
     view: [B] int64, the name of its augmented reading; -1 for the plain image.
-    host: index and view on the CPU where they are at hand, to be read without waiting for a device.
+    host: index and view on the CPU where available, to be read without waiting for a device.
     whole: targets and indices of the global batch; None on a single rank.
     strong: [B, 3, H, W] each sample's strong view; None unless a method needs two views.
     """
@@ -95,7 +95,7 @@ class Batch:
 
 
 def moved(x: Tensor, device: Device) -> Tensor:
-    """`x` on `device`. Only copies to CUDA are asynchronous: on the way back, values might be read before they arrive."""
+    """`x` on `device`. Only copies to CUDA are asynchronous: in the other direction values could be read too early."""
     towards = torch.device(device).type == "cuda"
     if towards and x.device.type == "cpu":
         x = x.pin_memory()  # from memory that may be paged out, a copy waits for the steps before it

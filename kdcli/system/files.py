@@ -47,7 +47,8 @@ def unwritable(path: Path, error: Exception) -> DataError:
     return DataError(
         f"cannot write {path}: {why}; what was there before is untouched",
         hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes one), or choose another place: "
-        "--out for runs, --file for exported files, KDCLI_HOME for the zoo. A run that was stopped goes on with --resume.",
+        "--out for runs, --file for exported files, KDCLI_HOME for the zoo. A run that was stopped goes on with "
+        "--resume.",
     )
 
 

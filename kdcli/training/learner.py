@@ -153,12 +153,17 @@ class Learner:
                     self.name, "in the optimizer's update", self.device,
                     "--set train.optimizer=sgd keeps one number per weight, adamw two; or a smaller student.",
                 )  # fmt: skip
-            if self.needs_full_batch or size < 2 * out_of_memory.FEWEST or not distributed.alone():
+            if self.needs_full_batch or not distributed.alone():
                 couples = f" Method {self.recipe.method.label} couples the samples of a batch, so it cannot be split."
                 raise out_of_memory.refused(
                     self.name, f"in a step of {images} images", self.device,
                     f"--set train.batch_size={max(images // 2, 1)} or a smaller one."
                     + (couples if self.needs_full_batch else ""),
+                )  # fmt: skip
+            if size < 2 * out_of_memory.FEWEST:
+                raise out_of_memory.refused(
+                    self.name, f"in a step of {size} images", self.device,
+                    f"Not even {size} images fit: a smaller student or image size, or fewer mentors.",
                 )  # fmt: skip
             self.accumulate *= 2
             notice = (
@@ -174,8 +179,8 @@ class Learner:
         Statistics are saved only until a step of this size has fit, so that other steps need not copy them.
         """
         size = (self.phase_number, self.accumulate, images)
-        modules = [] if size in self.fitted else [*self.method.learners().values(), self.method]
-        values = out_of_memory.statistics(modules)
+        modules = [*self.method.learners().values(), self.method]
+        values = [] if size in self.fitted else out_of_memory.statistics(modules)
         before, meter = [value.clone() for value in values], self.meter.state()
         if not out_of_memory.ran_out(do):
             self.fitted.add(size)

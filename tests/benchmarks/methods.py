@@ -250,7 +250,7 @@ def measure(names: list[str], device: torch.device, rounds: int) -> dict[str, di
 
 
 def markdown(found: dict[str, dict[str, Any]], passed: dict[str, tuple[int, int]]) -> str:
-    """The README's table."""
+    """The table of kdcli/methods/README.md."""
     head = ["method", "family", "paper", "needs", "extra parameters", "memory", "step, times KD", "lines", "contract"]
     rows = [head, ["---", "---", "---", "---", "---:", "---:", "---:", "---:", "---:"]]
     for name, row in found.items():

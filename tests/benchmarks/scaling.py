@@ -19,7 +19,7 @@ import torch
 from kdcli.data import Stream
 from kdcli.mentors.mentors import Mentors
 from kdcli.system import device as devices
-from kdcli.training.loop import _step
+from kdcli.training.loop import _update
 from kdcli.training.run import Run
 from kdcli.training.session import Session
 
@@ -37,7 +37,7 @@ def stepper(device: torch.device, students: int, mentors: int, size: int):
     def step() -> None:
         n = turn["n"] = turn["n"] + 1
         batch = given[n % len(given)]
-        _step(session, learners, batch, answers.answer(batch), (0, n, n))
+        _update(learners, batch, answers.answer(batch), 0, n, len(stream))
 
     return step
 

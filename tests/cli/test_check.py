@@ -43,7 +43,7 @@ def test_a_mentor_that_guesses_is_warned_of(here):
     add_mentors(TEACHER, PEER)
     said = kdcli("check", *CLASSROOM, *TINY)
     assert f"warning: {TEACHER} scores" in said.out
-    assert "guessing 10.00 %" in said.out
+    assert "guessing scores 10.00 %" in said.out
     assert len(kdcli("check", *CLASSROOM, *TINY, "--json").json["warnings"]) == 2
     assert not (here / "runs").exists()
 

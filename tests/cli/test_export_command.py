@@ -5,14 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from cli_kit import STUDENT, TINY, kdcli
-from export_kit import as_if_trained, pairs
+from export_kit import pairs
 
-from kdcli import data as sources, export as formats
+from kdcli import export as formats
 from kdcli.export import Exported, Format, open_file
-from kdcli.models.build import build
-from kdcli.models.registry import resolve
-from kdcli.tasks import TASKS
-from kdcli.workflows.export import export
 
 ALONE = ("--student", STUDENT, "--data", "digits", "--method", "nokd")
 
@@ -77,15 +73,33 @@ def test_another_format_goes_through_every_command(run, toy, here):
     assert kdcli("evaluate", "s.toy", "--data", "digits", "--json").json["top1"] == pytest.approx(10, abs=0.5)
 
 
-def test_a_file_with_several_labels_an_image_is_scored_by_its_own_task(here, monkeypatch):
-    data, task = pairs(), TASKS["multilabel"](10)
-    member = build(resolve(STUDENT), data, "student").member
-    as_if_trained(member.net)
-    export(member.eval(), data, task, Path("s.onnx"))
-    configs = []
-    monkeypatch.setattr(sources, "open_data", lambda config, **_: configs.append(config) or data)
-    scored = kdcli("evaluate", "s.onnx", "--data", "npz:pairs.npz", "--json").json
-    assert {"map", "f1", "loss", "exact", "per_class"} <= scored.keys()
-    assert "top1" not in scored
-    assert configs[0].image_size == [8, 16]
-    assert "mAP %" in kdcli("evaluate", "s.onnx", "--data", "npz:pairs.npz").out
+def test_images_that_are_not_square_and_have_several_labels(here):
+    """From the training to the timed file. The file alone, apart from its run, knows its task and its size."""
+    pairs(here / "pairs.npz")
+    data = ("--data", "npz:pairs.npz", "--set", "task=multilabel", "--set", "data.image_size=[8,16]")
+    training = ("--epochs", "4", "--set", "train.batch_size=32", "--set", "train.lr=0.05")
+    kdcli("distill", "--student", STUDENT, *data, "--method", "nokd", *training, "--out", "runs/pairs")
+    ours = kdcli("evaluate", "--json").json
+    assert ours["map"] > 40  # a fifth of the labels are given: random answers have about 20
+    assert kdcli("export", "--onnx", "--json").json["agreement"] == 100
+    assert kdcli("bench", "--calls", "2", "--json").json[0]["p50"] > 0
+    (here / "runs/pairs/student.onnx").rename(here / "s.onnx")
+    for words in ((), ("--data", "npz:pairs.npz")):
+        scored = kdcli("evaluate", "s.onnx", *words, "--json").json
+        assert {"map", "f1", "loss", "exact", "per_class"} <= scored.keys()
+        assert "top1" not in scored
+        assert [scored[name] for name in ("map", "f1", "loss")] == pytest.approx(
+            [ours[name] for name in ("map", "f1", "loss")], rel=1e-3
+        )
+    assert "mAP %" in kdcli("evaluate", "s.onnx").out
+
+
+@pytest.mark.parametrize("size", ["16", "[20,12]"])
+def test_a_file_is_evaluated_at_its_own_size(here, size):
+    kdcli("distill", *ALONE, *TINY, "--set", f"data.image_size={size}", "--out", "run")
+    ours = kdcli("evaluate", "run", "--json").json
+    file = kdcli("export", "--onnx", "run", "--json").json["path"]
+    height, width = open_file(file).input_size
+    assert f"[{height},{width}]" == size or height == width == int(size)
+    scored = kdcli("evaluate", file, "--data", "digits", "--json").json
+    assert scored["loss"] == pytest.approx(ours["loss"], rel=1e-4)

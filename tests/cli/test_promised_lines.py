@@ -124,11 +124,12 @@ def test_pretrained_weights_teach_the_classes_they_share_by_wordnet_id(imagenet,
     ).json
     assert scored["per_class"].keys() == {"tench", "parachute"}
     from kdcli.data import open_data
+    from kdcli.mentors.classroom import build_classroom
 
     recipe = recipes.Recipe().with_(**{
         "data.name": "imagenet", "data.image_size": 32, "classroom.student": "cifar_resnet8",
         "classroom.teacher": "mobilenetv3_small", "classroom.class_map": "auto",
     })  # fmt: skip
-    teacher = seat(recipe, open_data(recipe.data), torch.device("cpu")).mentors[0]
-    assert teacher.input_size == 224
+    teacher = build_classroom(recipe, open_data(recipe.data), torch.device("cpu")).mentors[0]
+    assert teacher.input_size == (224, 224)
     assert teacher.class_index.tolist() == [0, 701]

@@ -53,7 +53,7 @@ def resumed(config: Any, run: Run) -> list[str]:
 
 def same_outcome(one: Run, other: Run) -> bool:
     facts = [
-        {key: run.provenance[key] for key in ("top1", "last", "best", "best_epoch", "epoch")} for run in (one, other)
+        {key: run.provenance[key] for key in ("score", "last", "best", "best_epoch", "epoch")} for run in (one, other)
     ]
     return kit.same(kit.student(one), kit.student(other)) and one.metrics() == other.metrics() and facts[0] == facts[1]
 
@@ -366,7 +366,7 @@ class Moody(NoKD):
         super().__init__()
         self.register_buffer("factor", torch.ones(()))
 
-    def begin_epoch(self, epoch: int, sweep: Any) -> None:
+    def begin_epoch(self, epoch: int, train_pass: Any) -> None:
         self.factor += 0.5 * torch.rand(())
 
     def loss(self, lesson: Any, phase: Any) -> Any:
@@ -457,7 +457,7 @@ def test_a_batch_too_large_goes_through_in_halves_that_a_resumed_run_keeps(tmp_p
             driving.close()
     assert asked == [8, 4, 2, 2, 2, 2, *[2] * 8]
     assert notices(events) == [
-        "aver: out of memory, so batches of 8 go through in 4 micro-batches of 2 from here on (train.accumulate = 4); "
+        "aver: out of memory, so batches of 8 are trained in 4 micro-batches of 2 from here on (train.accumulate = 4); "
         "gradients stay those of the whole batch, batch-norm statistics are now the micro-batches'"
     ]
     assert opened.run.provenance["accumulate"] == 4
@@ -468,18 +468,14 @@ def test_a_batch_too_large_goes_through_in_halves_that_a_resumed_run_keeps(tmp_p
     assert same_outcome(opened.run, halves)  # not one number of the failed tries is left anywhere
 
 
-def test_a_loss_over_whole_batches_is_not_halved_but_accounted_for(tmp_path: Path) -> None:
+def test_a_loss_over_whole_batches_is_not_halved(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("classroom"), tmp_path / "run")
     short_of_memory(opened.learners[0], 4)
     with pytest.raises(OutOfMemory, match=r"classroom: out of memory in a step of 8 images") as caught:
         kit.drive(distill.go(opened))
     assert caught.value.exit_code == 3
-    for member in (*kit.MENTORS, "cifar_resnet10_xxs"):
-        assert f"{member} " in caught.value.message
-    assert "weights 0.0" in caught.value.message
-    assert "gradients 0.0" in caught.value.message
-    assert "train.batch_size=4 fits" in caught.value.hint
-    assert "looks at whole batches" in caught.value.hint
+    assert "train.batch_size=4" in caught.value.hint
+    assert "couples the samples" in caught.value.hint
 
 
 def test_two_images_are_the_least(tmp_path: Path) -> None:
@@ -487,7 +483,7 @@ def test_two_images_are_the_least(tmp_path: Path) -> None:
     asked = short_of_memory(opened.learners[0], 0)
     with pytest.raises(OutOfMemory, match=r"aver: out of memory") as caught:
         kit.drive(distill.go(opened))
-    assert "Not even two images fit" in caught.value.hint
+    assert "Not even 2 images fit" in caught.value.hint
     assert min(asked) == 2
 
 
@@ -503,23 +499,23 @@ def test_an_update_that_has_begun_is_not_done_twice(tmp_path: Path, monkeypatch:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(opened.learners[0].optimizer, "step", out)
-    with pytest.raises(OutOfMemory, match="in the optimiser's update") as caught:
+    with pytest.raises(OutOfMemory, match="in the optimizer's update") as caught:
         kit.drive(distill.go(opened))
-    assert "optimiser 0.0" in caught.value.message
+    assert "train.optimizer=sgd" in caught.value.hint
     assert len(calls) == 6
     assert opened.run.load_checkpoint()["epoch"] == 1
     resumed(config, opened.run)
     assert same_outcome(opened.run, whole)
 
 
-def test_mentors_without_memory_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mentors_without_memory_are_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = kit.session(kit.recipe("aver"), tmp_path / "run")
 
     def out(_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(opened.mentors, "answer", out)
-    with pytest.raises(OutOfMemory, match=f"while the mentors answered 8 images: .*mentor {kit.MENTORS[1]} ") as caught:
+    with pytest.raises(OutOfMemory, match="while the mentors answered 8 images") as caught:
         kit.drive(distill.go(opened))
     assert "classroom.precision=bf16" in caught.value.hint
 
@@ -553,22 +549,22 @@ def test_scoring_goes_on_in_smaller_batches() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return student(pixels)
 
-    whole = evaluate.answers(student, room.data.test, kit.CPU)
-    parts = evaluate.answers(Short(), room.data.test, kit.CPU)
+    whole = evaluate.outputs(student, room.data.test, kit.CPU)
+    parts = evaluate.outputs(Short(), room.data.test, kit.CPU)
     torch.testing.assert_close(parts, whole)
     assert sizes[:3] == [256, 128, 64]
     with pytest.raises(torch.OutOfMemoryError):
-        evaluate.answers(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError()), room.data.test, kit.CPU)  # type: ignore
+        evaluate.outputs(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError()), room.data.test, kit.CPU)  # type: ignore
 
 
 def test_a_step_that_fits_is_not_copied_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, copied, statistics = kit.session(kit.recipe("aver"), tmp_path / "run"), [], out_of_memory._statistics
+    opened, copied, statistics = kit.session(kit.recipe("aver"), tmp_path / "run"), [], out_of_memory.statistics
 
     def counted(modules: Any) -> list[Tensor]:
         copied.append(1)
         return statistics(modules)
 
-    monkeypatch.setattr(out_of_memory, "_statistics", counted)
+    monkeypatch.setattr(out_of_memory, "statistics", counted)
     kit.drive(distill.go(opened))
     assert len(copied) == 2  # the first full batch and the first last one
 
@@ -581,7 +577,7 @@ def test_the_newest_run_is_known_though_the_clock_was_set_back(tmp_path: Path, m
     for n, started in enumerate(("2030-01-01", "2020-01-01", "2020-01-01")):
         run = Run(Path("runs") / f"{'zax'[n]}-run")
         run.start(kit.recipe(), {**runs.provenance("distill", kit.recipe()), "started": started})
-        run.amend(top1=50.0)
+        run.amend(finished=True)
     assert [run.name for run in runs.every()] == ["z-run", "a-run", "x-run"]
     assert runs.find(None).name == "x-run"
     (tmp_path / "runs" / "x-run" / "provenance.json").write_text("{")

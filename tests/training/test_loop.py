@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from kdcli import methods
 from kdcli.data import Batch
 from kdcli.errors import DivergedError, InterruptedRun, RecipeError
-from kdcli.models import cards as zoo, registry
+from kdcli.models import cards as zoo, checkpoint, registry
 from kdcli.models.outputs import Output
 from kdcli.recipe import Recipe
-from kdcli.training import learner, loop
-from kdcli.training.evaluate import Score
+from kdcli.tasks import Classify, Score
+from kdcli.training import learner, loop, session as sessions
 from kdcli.training.meters import EpochMeter
 from kdcli.training.run import Run
-from kdcli.training.session import EpochEnd, Notice, Step
+from kdcli.training.session import EpochEnd, Notice, Session, Step
 from kdcli.workflows import distill
 
 
@@ -172,9 +172,9 @@ def test_no_step_counts_on_the_global_generator(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "over", "says", "cure"),
     [
-        ("classroom", {"train.mixup": 0.2}, "one true class", "train.mixup=0"),
-        ("classroom", {"train.accumulate": 2}, "a whole batch", "ranking=sample"),
-        ("kd", {"classroom.teacher": None, "classroom.peers": []}, "learns from mentors", "--teacher"),
+        ("classroom", {"train.mixup": 0.2}, "hard labels", "train.mixup=0"),
+        ("classroom", {"train.accumulate": 2}, "couples the samples", "ranking=sample"),
+        ("kd", {"classroom.teacher": None, "classroom.peers": []}, "needs 1 mentor", "--teacher"),
         ("nokd", {"train.batch_size": 64}, "training set of digits, 30 images", "train.batch_size=4"),
         ("nokd", {"train.optimizer": "admw"}, "admw", "adamw"),
     ],
@@ -248,12 +248,12 @@ def test_an_update_that_ends_in_no_number_is_not_checkpointed(tmp_path: Path) ->
 # --- which epoch ships ------------------------------------------------------------------------------------------------
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, opened: session.Session, test: list[float], held: list[float]) -> None:
+def scripted(monkeypatch: pytest.MonkeyPatch, opened: Session, test: list[float], held: list[float]) -> None:
     """Replace measuring by figures, one an epoch."""
     figures = {id(opened.data.test): iter(test), id(opened.data.holdout): iter(held)}
 
-    def score(model: nn.Module, split: Any, device: torch.device) -> Score:
-        return Score(len(split), next(figures[id(split)]), 99.0, 1.0)
+    def score(model: nn.Module, split: Any, task: Any, device: torch.device) -> Score:
+        return Score({"top1": next(figures[id(split)]), "top5": 99.0, "loss": 1.0}, task.metrics[0], len(split))
 
     monkeypatch.setattr(loop, "score", score)
 
@@ -274,10 +274,10 @@ def test_the_held_out_slice_chooses_and_the_test_set_only_reports(
     kit.drive(distill.go(opened), remember)
     assert kit.same(kit.student(opened.run), states[2])  # the first of the best two
     outcome = distill.result("nokd", opened.run)
-    assert (outcome.epoch, outcome.top1) == (2, 50.0)
+    assert (outcome.epoch, outcome.value) == (2, 50.0)
     assert (outcome.last, outcome.best, outcome.best_epoch) == (70.0, 80.0, 1)
     card = zoo.read_card(tmp_path / "run" / "student.toml")
-    assert (card.epoch, card.top1) == (2, 50.0)
+    assert (card.epoch, card.value) == (2, 50.0)
     assert zoo.verify(card)[0] == "ok"
     assert [row["holdout/top1"] for row in opened.run.metrics()] == [10.0, 30.0, 30.0, 20.0]
 
@@ -288,7 +288,7 @@ def test_without_a_held_out_slice_the_last_epoch_ships(tmp_path: Path, monkeypat
     kit.drive(distill.go(opened))
     assert kit.same(kit.student(opened.run), kit.state(opened.learners[0]))
     outcome = distill.result("nokd", opened.run)
-    assert (outcome.epoch, outcome.top1, outcome.last) == (2, 50.0, 50.0)
+    assert (outcome.epoch, outcome.value, outcome.last) == (2, 50.0, 50.0)
     assert (outcome.best, outcome.best_epoch) == (80.0, 1)
     assert "weights" not in opened.run.load_checkpoint()["learners"]["nokd"]["best"]
 
@@ -305,8 +305,8 @@ def test_the_reported_score_is_the_shipped_files(tmp_path: Path) -> None:
     config = kit.recipe("aver")
     run = kit.trained(config, tmp_path / "run")
     room = kit.classroom(config.with_(**{"classroom.student": f"cifar_resnet10_xxs@{run.path}"}))
-    found = score(room.student(5), room.data.test, kit.CPU)
-    assert found.top1 == distill.result("aver", run).top1 == run.metrics()[-1]["test/top1"]
+    found = score(room.student(5), room.data.test, Classify(10), kit.CPU)
+    assert found.value == distill.result("aver", run).value == run.metrics()[-1]["test/top1"]
     assert found.images == 360
 
 
@@ -321,7 +321,7 @@ def test_kept_epochs_are_mentors_of_lesser_skill(tmp_path: Path) -> None:
     kit.drive(distill.go(opened), remember)
     card = zoo.read_card(tmp_path / "run" / "epoch-002.toml")
     assert (card.epoch, card.architecture) == (2, "zoo:cifar_resnet10_xxs")
-    assert card.top1 == round(opened.run.metrics()[1]["test/top1"], 4)
+    assert card.value == round(opened.run.metrics()[1]["test/top1"], 4)
     assert opened.run.provenance["keep"] == [2]
     spec = f"cifar_resnet10_xxs@{opened.run.path}"
     room = kit.classroom(kit.recipe("kd", **{"classroom.teacher": f"{spec}#2", "classroom.peers": [spec]}))
@@ -408,7 +408,7 @@ class TwoPhases(Method):
         self.guide = nn.Sequential(nn.Linear(lesson.student.out.shape[-1], 10), nn.BatchNorm1d(10))
 
     def learners(self):
-        return {"student": self.room.student, "guide": self.guide}
+        return {"student": self.context.student, "guide": self.guide}
 
     def phases(self, train):
         quick = train.model_copy(update={"optimizer": "adamw", "lr": 0.01})
@@ -441,10 +441,10 @@ class Sweeper(Method):
         super().__init__()
         self.seen = []
 
-    def begin_epoch(self, epoch, sweep):
-        lessons = list(sweep())
+    def begin_epoch(self, epoch, train_pass):
+        lessons = list(train_pass())
         self.seen.append((sum(len(l.index) for l in lessons), any(l.student.out.requires_grad for l in lessons)))
-        assert self.room.student.training
+        assert self.context.student.training
         assert torch.is_grad_enabled()
 
     def loss(self, lesson, phase):
@@ -558,8 +558,8 @@ def test_a_tally_goes_on_from_its_state() -> None:
     two.load(one.state(), kit.CPU)
     two.add({"a": torch.tensor(2.0), "b": torch.tensor([3.0, 4.0])})
     two.batches += 1
-    assert two.means() == {"a": 1.5, "b": [2.0, 3.0]}
-    assert one.means() == {"a": 1.0, "b": [1.0, 2.0]}
+    assert two.means("") == {"a": 1.5, "b": [2.0, 3.0]}
+    assert one.means("") == {"a": 1.0, "b": [1.0, 2.0]}
 
 
 def test_seeds_of_neighbouring_steps_do_not_meet() -> None:
@@ -632,7 +632,7 @@ def test_a_run_stopped_between_batches_answered_together_ends_the_same(tmp_path:
 
 
 def test_how_far_to_look_is_decided_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LONG", 1)
+    monkeypatch.setattr(sessions, "LONG", 1)
     opened = kit.session(kit.recipe("kd"), tmp_path / "run")
     monkeypatch.setattr(opened.mentors, "measure_ahead", lambda batches: len(batches) // 2)
     kit.drive(distill.go(opened))
@@ -681,7 +681,7 @@ def test_compiled_and_eager_students_agree_over_twenty_steps(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("over", "says"),
     [
-        ({}, "cpu has none"),
+        ({}, "cpu has no CUDA graphs"),
         ({"train.accumulate": 2}, r"train\.accumulate = 2"),
         ({"train.optimizer": "lamb"}, "'lamb' is not sgd, adam or adamw"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdcli import recipe as recipes
 from kdcli.errors import DataError, InterruptedRun, KdcliError, RecipeError, WeightsError
-from kdcli.models import cards
+from kdcli.models import cards, checkpoint
 from kdcli.recipe import Recipe
 from kdcli.system import files
 from kdcli.training.run import Run
@@ -85,8 +85,8 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, epoch: int, batch
     assert kit.same(kit.student(again.run), kit.student(whole))
     assert again.run.metrics() == whole.metrics()
     facts, expected = again.run.provenance, whole.provenance
-    assert [facts[key] for key in ("top1", "best", "best_epoch", "epoch")] == [
-        expected[key] for key in ("top1", "best", "best_epoch", "epoch")
+    assert [facts[key] for key in ("score", "best", "best_epoch", "epoch")] == [
+        expected[key] for key in ("score", "best", "best_epoch", "epoch")
     ]
 
 
@@ -230,7 +230,7 @@ def test_other_pictures_are_refused(tmp_path: Path) -> None:
     room = kit.classroom(kit.recipe())
     distill.same_room(opened.run, room)
     room.data.hash = "another"
-    with pytest.raises(WeightsError, match="other pictures than digits") as caught:
+    with pytest.raises(WeightsError, match="other images than digits") as caught:
         distill.same_room(opened.run, room)
     assert caught.value.exit_code == 3
 
@@ -288,7 +288,7 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
     run = stopped_run(tmp_path)
-    with pytest.raises(RecipeError, match="knows nothing of aver"):
+    with pytest.raises(RecipeError, match="has no learner aver"):
         resume(run, kit.recipe("aver"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_kit import data_set, digits, pairs, trained
+from export_kit import digits, pairs, trained
 
 from kdcli import export as formats
 from kdcli.data import DataSet
@@ -58,7 +58,8 @@ def classified(tmp_path_factory) -> Case:
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> Case:
     """Two handwritten digits side by side, each a label."""
-    return case("multilabel", pairs(), tmp_path_factory.mktemp("labelled"))
+    folder = tmp_path_factory.mktemp("labelled")
+    return case("multilabel", pairs(folder / "pairs.npz"), folder)
 
 
 @pytest.fixture(params=["classified", "labelled"])
@@ -226,10 +227,8 @@ def toy(monkeypatch):
 
 
 def test_a_new_format_is_one_line(toy, tmp_path):
-    pixels = torch.zeros(70, 3, 8, 12, dtype=torch.uint8)
-    data = data_set("made", (pixels, torch.zeros(70, 10)), (pixels, torch.zeros(70, 10)))
     task = TASKS["multilabel"](10)
-    done = export(torch.nn.Identity(), data, task, tmp_path / "student.toy", batch=3)  # pyright: ignore[reportArgumentType]
+    done = export(torch.nn.Identity(), digits((8, 12)), task, tmp_path / "student.toy", batch=3)  # pyright: ignore[reportArgumentType]
     assert done.path == tmp_path / "student.toy"
     ((shape, options),) = toy
     assert shape == (64, 3, 8, 12)
