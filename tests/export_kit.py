@@ -98,8 +98,8 @@ def digits(size: Size) -> DataSet:
 def pairs(path: Path) -> DataSet:
     """Two handwritten digits side by side, [N, 3, 8, 16], written to `path` as an .npz file and opened.
 
-    The labels are the one or two digits that an image shows. Pairs to train on are made of the training digits, pairs to
-    test on of the test digits.
+    The labels are the one or two digits that an image shows. Training pairs are made of training digits,
+    test pairs of test digits.
     """
     raw, rng, parts = read(DataConfig(name="digits"), []), np.random.default_rng(0), {}
     for part, n in (("train", 2000), ("test", 300)):
