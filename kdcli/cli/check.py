@@ -36,8 +36,7 @@ def check(
 ) -> None:
     """Check a recipe without training: names, sizes, weights, each mentor's score, a few steps, the cost.
 
-    With --method and no classroom: put the method through the contract that all methods keep, on toy data. A method of
-    your own is always put through it.
+    With --method and no classroom: put the method through the contract of methods, on toy data (your own always is).
     """
     from kdcli import recipe as recipes
     from kdcli.cli import tables
@@ -98,7 +97,7 @@ def _show(found: "Checked") -> None:
         tables.line("", f"taps of {name}: {listed}")
     for fact in found.facts:
         tables.line("", fact)
-    tables.line("", f"{epochs(found.epochs)}: about {tables.duration(found.seconds)}")
+    tables.line("", f"{epochs(found.epochs)}, estimated time: {tables.duration(found.seconds)}")
     for warning in found.warnings:
         tables.line("warning:", warning, style="yellow")
 
