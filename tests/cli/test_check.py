@@ -80,7 +80,7 @@ def test_a_recipe_is_checked_and_named_again_in_the_next_line(here):
     assert f"{quickstart.train.epochs} epochs, estimated time: " in said.out
 
 
-def test_mentors_are_scored_on_pictures_of_every_class():
+def test_mentors_are_scored_on_images_of_every_class():
     """A folder's pictures come sorted by class: the first few would all be of one."""
     from kdcli.data.dataset import Pixels, Split
     from kdcli.data.views import Views
