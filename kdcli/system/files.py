@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what is said when the disk refuses."""
 
 import contextlib
 import errno
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kdcli.errors import DataError
 
+FOLDER = 0x10  # MS-DOS's flag in a zip member's attributes
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no EDQUOT
 
 
@@ -45,8 +46,8 @@ def unwritable(path: Path, error: Exception) -> DataError:
     why = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
     return DataError(
         f"cannot write {path}: {why}; what was there before is untouched",
-        hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes a run), or choose another place: "
-        "--out for runs, KDCLI_HOME for the zoo and banks. A stopped run continues with --resume.",
+        hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes a run), or choose another place "
+        "with --out (runs) or KDCLI_HOME (zoo, banks). A stopped run continues with --resume.",
     )
 
 
@@ -83,11 +84,12 @@ def make_folder(path: Path) -> None:
 def is_whole_zip(path: Path) -> bool:
     """Whether a zip archive, such as torch.save writes, ends where it should and every member matches its CRC.
 
-    torch.load does not look at the CRCs, and fills what the archive calls a folder with whatever is in memory.
+    torch.load does not check the CRCs, and takes a member flagged as a folder from uninitialised memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None and not any(member.external_attr for member in archive.infolist())
+            folders = any(member.external_attr & FOLDER for member in archive.infolist())
+            return not folders and archive.testzip() is None
     except Exception:  # zipfile raises many kinds for damaged headers
         return False
 

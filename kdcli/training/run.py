@@ -130,7 +130,7 @@ class Run:
     def writing(self) -> Iterator[None]:
         """Lock the folder for this process. Raises LockedError when another process writes to it.
 
-        Turns a KeyboardInterrupt outside the training loop, which saves for itself, into an InterruptedRun that says how
+        Turns a KeyboardInterrupt outside the training loop (which saves by itself) into an InterruptedRun that says how
         to continue.
         """
         with contextlib.ExitStack() as stack:
