@@ -6,9 +6,9 @@ Alone, every function here and in `shares` hands back what it was given. `launch
 """
 
 import contextlib
+import inspect
 import os
 import platform
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache
@@ -204,13 +204,13 @@ def parallel(module: nn.Module, learns: bool) -> nn.Module:
     """The module with gradients averaged over ranks, where it learns; its own names and state stay as they are."""
     if alone() or not learns:
         return module
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has a new name for broadcast_buffers, 2.11 has not
-        return DistributedDataParallel(
-            module,
-            broadcast_buffers=False,  # `even_out` does it, once an update
-            find_unused_parameters=True,  # also keeps the order in which gradients are summed the same after a resume
-        )
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13 and newer
+    buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
+    return DistributedDataParallel(
+        module,
+        find_unused_parameters=True,  # also keeps the order in which gradients are summed the same after a resume
+        **{buffers: False},  # `even_out` does it, once an update
+    )
 
 
 @contextlib.contextmanager

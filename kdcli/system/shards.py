@@ -156,8 +156,14 @@ def _gathered(rows: Float[Tensor, "b ..."], width: int) -> Float[Tensor, "n ..."
     """Every rank's rows, each padded to `width`, in the order of ranks."""
     padded = torch.cat([rows, rows.new_zeros(width - len(rows), *rows.shape[1:])]) if len(rows) < width else rows
     out = rows.new_empty(distributed.world() * width, *rows.shape[1:])
-    td.all_gather_into_tensor(out, padded.contiguous())
+    all_gather_into(out, padded.contiguous())
     return out
+
+
+def all_gather_into(out: Tensor, rows: Tensor) -> None:
+    """torch's all-gather into one tensor, under the name that this version of torch prefers."""
+    gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
+    gather(out, rows)
 
 
 def whole(view: View, batch: "Batch", dim: int = 0) -> View:
