@@ -4,6 +4,9 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ STUDENT, TEACHER, PEER = "cifar_resnet10_xxs", "cifar_resnet14", "cifar_resnet8"
 CLASSROOM = ("--teacher", TEACHER, "--peers", PEER, "--student", STUDENT, "--data", "digits")
 TINY = ("--epochs", "1", "--set", "data.per_class=5", "--set", "train.batch_size=16")
 """Four updates on fifty digits."""
+OWN = ("error: ", "warning: ", "run ", "a rank died")
+"""How kdcli begins a line on standard error; in a process of its own, other packages write there too."""
 
 
 @dataclass
@@ -36,6 +41,11 @@ class Said:
     def json(self) -> Any:
         """Standard output as JSON: fails when anything else is there."""
         return json.loads(self.out)
+
+    @property
+    def own(self) -> list[str]:
+        """The lines of standard error that kdcli began: what another package warns of is not looked at."""
+        return [line for line in self.err.splitlines() if line.startswith(OWN)]
 
     @property
     def next(self) -> str:
@@ -110,3 +120,39 @@ def picture_folder(
 def environment(**more: str) -> dict[str, str]:
     """The environment for a kdcli in a process of its own."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+class Started(subprocess.Popen[str]):
+    """A kdcli in a process of its own, as a user has it, killed at the end of a `with` block if it is still there.
+
+    What it says goes to files: in a pipe that nobody empties yet, a talkative package would halt it for ever.
+    """
+
+    def __init__(self, *args: object, module: tuple[str, ...] = ("kdcli",), **options: Any) -> None:
+        self.files = [tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") for _ in range(2)]  # noqa: SIM115
+        root = str(Path(__file__).resolve().parents[1])
+        super().__init__(
+            [sys.executable, "-m", *module, *map(str, args)],
+            env=environment(PYTHONPATH=os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))),
+            stdout=self.files[0],
+            stderr=self.files[1],
+            text=True,
+            **options,
+        )
+
+    def __exit__(self, *args: Any) -> None:
+        self.kill()
+        super().__exit__(*args)
+
+    def said(self, timeout: float) -> Said:
+        """Wait for its end; what it printed and how it left."""
+        try:
+            code = self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still there after {timeout} s: {self.printed()}") from None
+        return Said(code, *self.printed())
+
+    def printed(self) -> tuple[str, ...]:
+        """Standard output and error so far."""
+        return tuple(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in self.files)

@@ -270,7 +270,7 @@ def _line(method: str, seeds: list[int], values: list[float], best: list[float],
 
 def _t95(freedom: int) -> float:
     """The two-sided 95 % quantile of Student's t."""
-    from scipy.stats import t  # comes with scikit-learn
+    from scipy.stats import t
 
     return float(t.ppf(0.975, freedom))
 

@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_kit import CLASSROOM, PEER, STUDENT, TEACHER, TINY, add_mentors, environment, kdcli, picture_folder
+from cli_kit import CLASSROOM, PEER, STUDENT, TEACHER, TINY, Started, add_mentors, kdcli, picture_folder
 
 from kdcli.models import registry
 from kdcli.training import run as runs
@@ -96,8 +94,8 @@ CASES = [
     Case("one of several methods", ("compare", *CLASSROOM, "--methods", "aver,clasroom"), 2, ("clasroom",),
          ("classroom",), ["mentors"]),
     Case("method's option", ("distill", *CLASSROOM, "--set", "method.tua=4"), 2, ("tua",), ("tau",), ["mentors"]),
-    Case("method without mentors", ("distill", "--student", STUDENT, "--method", "kd", *DIGITS), 2, ("kd needs 1 mentor",),
-         ("--teacher",)),
+    Case("method without mentors", ("distill", "--student", STUDENT, "--method", "kd", *DIGITS), 2,
+         ("kd needs 1 mentor",), ("--teacher",)),
     Case("peers without a teacher", ("distill", "--peers", PEER, "--student", STUDENT, *DIGITS), 2,
          ("without a teacher",), ("--teacher",), ["mentors"]),
     Case("key of --set", ("distill", *ALONE, *DIGITS, "--set", "train.epoch=3"), 2, ("train.epoch",), ("epochs",)),
@@ -296,18 +294,15 @@ def test_a_checkpoint_cut_short_cannot_be_resumed(here):
 
 def test_ctrl_c_saves_and_leaves_with_130(here):
     args = ["distill", *ALONE, *DIGITS, "--epochs", "200", "--set", "data.per_class=10", "--out", "r"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "kdcli", *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment(),
-    ) as process:  # fmt: skip
+    with Started(*args) as process:
         for _ in range(600):
             if (here / "r/last.ckpt").exists() or process.poll() is not None:
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert said.startswith("error: stopped by SIGINT")
-    assert "--resume r" in said
-    assert "Traceback" not in said
+        said = process.said(60)
+    assert said.code == 130, said.err
+    assert said.own[0].startswith("error: stopped by SIGINT")
+    assert "--resume r" in said.err
+    assert "Traceback" not in said.err
     assert torch.load(here / "r/last.ckpt", weights_only=True)["epoch"] < 200
