@@ -95,7 +95,7 @@ def test_dml_is_the_mutual_loss_and_detaches_its_targets():
         one = Together("dml", variant=variant)
         given = one.lesson()
         grads.append(torch.autograd.grad(one.terms(given)["peers"], given.student.out)[0])
-    q, p = ((given.views[who].out / 3).softmax(-1) for who in ("student", "student2"))
+    q, p = ((given.outputs[who].out / 3).softmax(-1) for who in ("student", "student2"))
     assert torch.allclose(grads[0], 3 * (q - p) / B, atol=1e-5)
     assert not torch.allclose(grads[1], grads[0], atol=1e-3)
 
