@@ -64,7 +64,7 @@ FOLDER = (
 LABELS = "DIR/labels.csv with the columns file,labels (several labels separated by ;)"
 NPZ = (
     "An .npz holds train_images [N,H,W] or [N,H,W,3] (uint8, or float for distilled sets), train_labels [N] or [N,1] "
-    "(class numbers) or [N,K] (0/1, several classes an image), the same for test_ (or val_), and optionally class_names."
+    "(class numbers) or [N,K] (0/1, several classes an image), the same for test_ (or val_), and optionally class_names"
 )
 SOURCES: dict[str, Source] = {
     "digits": Source("digits", 16, "crop", "defaults/digits", "digits"),
