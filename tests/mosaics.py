@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli.data.arrays import digits
+from kdcli.data.digits import read
+from kdcli.recipe import DataConfig
 
 TRAIN, TEST, EMPTY = 3000, 1000, 0.25
 
@@ -31,7 +32,7 @@ def mosaics(images: np.ndarray, labels: np.ndarray, count: int, seed: int) -> tu
 
 def write(path: Path, train: int = TRAIN, test: int = TEST) -> Path:
     """Write the .npz that `--data npz:FILE --set task=multilabel` reads."""
-    raw = digits()
+    raw = read(DataConfig(name="digits"), [])
     parts = {}
     for seed, (part, count) in enumerate({"train": train, "test": test}.items()):
         parts[f"{part}_images"], parts[f"{part}_labels"] = mosaics(raw.images[part], raw.labels[part], count, seed)

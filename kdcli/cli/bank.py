@@ -35,7 +35,7 @@ def build(
     from kdcli.errors import RecipeError
     from kdcli.mentors import bank_build, bank_files
     from kdcli.system import device as devices
-    from kdcli.workflows import distill as room
+    from kdcli.workflows.groups import open_classroom
 
     config, notes = o.assemble(
         recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, epochs=epochs,
@@ -45,7 +45,7 @@ def build(
         raise RecipeError("no mentor is named", hint="Add --teacher NAME (and --peers A,B).")
     if not config.classroom.student:  # nobody learns here
         config = config.with_(**{"classroom.student": config.classroom.teacher})
-    _, classroom = room.open_room(config, devices.pick(device))
+    classroom = open_classroom(config, devices.pick(device))
     mentors = bank_build.open_mentors(classroom, config)
     if not json:
         tables.notes([*notes, *classroom.notes])

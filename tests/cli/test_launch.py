@@ -121,7 +121,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int | str | Non
     """Leave as one rank of two, with a store that both share: how it ended and what it said."""
     board = td.HashStore()
     monkeypatch.setattr(distributed, "store", lambda: board)
-    monkeypatch.setattr(distributed, "expected", lambda: 2)
+    monkeypatch.setattr(distributed, "expected_ranks", lambda: 2)
     monkeypatch.setattr(launch, "GRACE", 0.1)
 
     def ended_itself(code: int) -> None:
@@ -185,7 +185,7 @@ def test_a_command_that_cannot_be_divided_is_refused(rank: Callable, monkeypatch
     monkeypatch.setenv("RANK", "0")
     launch.enter(["--debug", "distill"])
     launch.enter(["--help"])
-    with pytest.raises(RecipeError, match="kdcli export is the work of one process"):
+    with pytest.raises(RecipeError, match="kdcli export runs in one process"):
         launch.enter(["export", "--onnx"])
 
 
@@ -320,7 +320,7 @@ def test_torchrun_does_the_same() -> None:
     said = ran(*args, "--gpus", "3", "--out", "other", module=torchrun, code=1)
     assert said.err.count("--gpus 3: this process is one of 2 ranks already") == 1
     said = ran("models", "resnet", module=torchrun, code=1)
-    assert said.err.count("kdcli models is the work of one process") == 1
+    assert said.err.count("kdcli models runs in one process") == 1
 
 
 @needs_proc

@@ -37,7 +37,7 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 def resumed(run: Path, command: tuple[str, ...]) -> tuple[str, ...]:
-    """How the command goes on; typed anew where it was killed before anything was written."""
+    """How the command goes on; typed again where it was killed before anything was written."""
     if (run / "provenance.json").is_file():
         return (command[0], "--resume", str(run), "--device", "cpu")
     return (*command, "--out", str(run))
