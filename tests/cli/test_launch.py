@@ -318,7 +318,7 @@ def test_torchrun_does_the_same() -> None:
     assert same("run", "launched")
     assert said.out.count("Next: ") == 1
     said = ran(*args, "--gpus", "3", "--out", "other", module=torchrun, code=1)
-    assert said.err.count("--gpus 3: this process is one of 2 ranks already") == 1
+    assert said.err.count("--gpus 3: this process is already one of 2 ranks") == 1
     said = ran("models", "resnet", module=torchrun, code=1)
     assert said.err.count("kdcli models runs in one process") == 1
 

@@ -195,7 +195,7 @@ def test_ranks_are_known_by_the_whole_environment(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RecipeError, match="ranks compute on cuda or cpu"):
         distributed.join(torch.device("mps"))
     monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(RecipeError, match="rank 1 wants GPU 1 of its machine, which has 0"):
+    with pytest.raises(RecipeError, match="rank 1 needs GPU 1 of its machine, which has 0"):
         distributed.join(torch.device("cuda"))
 
 
@@ -275,7 +275,7 @@ def test_two_ranks_end_where_one_does(twice: list[dict[str, Any]], name: str, tm
 def test_machines_that_hold_other_files_are_told_apart(twice: list[dict[str, Any]]) -> None:
     for found in twice:
         assert found["unlike"].startswith("rank 1 on ")
-        assert "finds another teacher than rank 0 on" in found["unlike"]
+        assert "has another teacher than rank 0 on" in found["unlike"]
 
 
 def test_scores_of_two_ranks_are_those_of_one(twice: list[dict[str, Any]]) -> None:
