@@ -95,8 +95,8 @@ def check_space(identities: list[dict[str, Any]]) -> None:
 def _no_space(what: str) -> DataError:
     return DataError(
         f"not enough space for {what}",
-        hint="Free some space (`kdcli bank ls` lists banks), choose another place with KDCLI_HOME, make banks smaller with "
-        f"--set data.views=8, or use none: {WITHOUT}.",
+        hint="Free some space (`kdcli bank ls` lists banks), choose another place with KDCLI_HOME, make banks smaller "
+        f"with --set data.views=8, or use none: {WITHOUT}.",
     )
 
 

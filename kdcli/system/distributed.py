@@ -168,7 +168,7 @@ def local_rank0_first(do: Callable[[], T]) -> T:
 
 
 def check_equal(facts: dict[str, str]) -> None:
-    """Raise RecipeError when a rank's recipe, data or weights differ from rank 0's: the machines have different files."""
+    """Raise RecipeError when a rank's recipe, data or weights differ from rank 0's: machines have different files."""
     if alone():
         return
     gathered: list[Any] = [None] * world()

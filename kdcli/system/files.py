@@ -46,8 +46,8 @@ def unwritable(path: Path, error: Exception) -> DataError:
     why = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
     return DataError(
         f"cannot write {path}: {why}; what was there before is untouched",
-        hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes a run), or choose another place "
-        "with --out (runs) or KDCLI_HOME (zoo, banks). A stopped run continues with --resume.",
+        hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes a run), or choose another "
+        "place with --out (runs) or KDCLI_HOME (zoo, banks). A stopped run continues with --resume.",
     )
 
 

@@ -22,7 +22,7 @@ def data_root(given: str | None = None) -> Path:
 
 
 def shipped(kind: str) -> Path:
-    """The folder of shipped `recipes` or `zoo` cards: inside an installed wheel, or next to the package in a checkout."""
+    """The folder of shipped `recipes` or `zoo` cards: in an installed wheel, or next to the package in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "_shipped" / kind
     return inside if inside.is_dir() else package.parent / kind
