@@ -385,7 +385,7 @@ def _explained(error: ValidationError, where: str) -> RecipeError:
         loc = [part for part in problem["loc"] if not str(part).startswith(("literal[", "dict[", "function-"))]
         key, section = ".".join(map(str, loc)), _section(loc[:-1])
         unknown = section is not None and loc[-1] not in section.model_fields and problem["type"] != "missing"
-        if unknown and (section is not Expect or not isinstance(problem["input"], dict)):
+        if section and unknown and (section is not Expect or not isinstance(problem["input"], dict)):
             if cure := REMOVED.get(key):
                 return RecipeError(f"{where}: {key} was removed", hint=cure)
             known = section.model_fields

@@ -107,17 +107,17 @@ def in_ranks(folder: Path, world: int = 2) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    words = [folder / f"rank-{rank}.txt" for rank in range(world)]
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)],
             env=environment(rank, world, port),
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=word.open("w"),  # a pipe would fill up, and its rank stop, while the first is waited for
         )
-        for rank in range(world)
+        for rank, word in enumerate(words)
     ]
-    said = [process.communicate(timeout=TIMEOUT)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world, "\n".join(said)
+    codes = [process.wait(TIMEOUT) for process in ranks]
+    assert codes == [0] * world, "\n".join(word.read_text() for word in words)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -98,7 +98,7 @@ def _show(found: "Checked") -> None:
         tables.line("", f"taps of {name}: {listed}")
     for fact in found.facts:
         tables.line("", fact)
-    tables.line("", f"{epochs(found.epochs)}: about {tables.duration(found.seconds)}")
+    tables.line("", f"{epochs(found.epochs)}, estimated time: {tables.duration(found.seconds)}")
     for warning in found.warnings:
         tables.line("warning:", warning, style="yellow")
 

@@ -12,7 +12,7 @@ EXAMPLES = ("kdcli doctor", "kdcli doctor --no-test --json")
 def doctor(
     test: Annotated[
         bool,
-        typer.Option("--test/--no-test", help="Train, export and check a tiny student.", rich_help_panel=o.TRAINING),
+        typer.Option("--test/--no-test", help="Train, export and check a tiny student.", rich_help_panel=o.MACHINE),
     ] = True,
     json: o.Json = False,
 ) -> None:

@@ -114,7 +114,7 @@ class DiSK(Method):
             )
         self.official = self.variant == "official"
         self.label_in_mask = self.official if self.label_in_mask is None else self.label_in_mask
-        self.teacher_target = self.teacher_target or ("minimum" if self.official else "full")
+        self.target_form: TeacherTarget = self.teacher_target or ("minimum" if self.official else "full")
         self.budget_against = self.budget_against or ("teacher" if self.official else "label")
         self.max_ce = self.max_ce or (5.0 if self.official else None)
         self.log_term = self.official if self.log_term is None else self.log_term
@@ -232,7 +232,7 @@ class DiSK(Method):
             ours, theirs = self.two_maps(lesson)
             return self.beta * disk.guided_feature_loss(ours, theirs, log_g.exp()) / ours[0].numel()
         mask = disk.guided_classes(teacher.out, lesson.target if self.label_in_mask else None, K=self.K)
-        target = disk.guided_target(teacher.out, mask, tau=self.tau, form=self.teacher_target)
+        target = disk.guided_target(teacher.out, mask, tau=self.tau, form=self.target_form)
         return disk.guided_loss(lesson.student.out, target, mask, log_g, tau=self.tau, tau_s=self.student_tau)
 
     def _over_budget(self, lesson: Lesson, teacher: Output, g: Tensor) -> Tensor:

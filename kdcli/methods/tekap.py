@@ -70,7 +70,7 @@ class Perspectives(Method):
                 f"{where}: it adds noise to the mentors' logits, and method {label} has no mentors",
                 hint="Leave it out, or choose a method that learns from mentors (kd, dkd).",
             )
-        return cls(method, **fields.validated("tekap", cls.options(), {} if given is True else given, where))
+        return cls(method, **fields.validated("tekap", cls.options(), given if isinstance(given, dict) else {}, where))
 
     def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         self.method.context = context

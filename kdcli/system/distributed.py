@@ -6,9 +6,9 @@ On a single rank every function here does nothing. `kdcli --gpus N` starts ranks
 """
 
 import contextlib
+import inspect
 import os
 import platform
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache
@@ -168,7 +168,7 @@ def local_rank0_first(do: Callable[[], T]) -> T:
 
 
 def check_equal(facts: dict[str, str]) -> None:
-    """Raise RecipeError when a rank's recipe, data or weights differ from rank 0's: machines have different files."""
+    """Raise RecipeError when a rank's recipe, data or weights differ from rank 0's: machines with different files."""
     if alone():
         return
     gathered: list[Any] = [None] * world()
@@ -203,13 +203,13 @@ def data_parallel(module: nn.Module, learns: bool) -> nn.Module:
     """The module, with its gradients averaged over ranks if it learns. The module itself is not changed."""
     if alone() or not learns:
         return module
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has a new name for broadcast_buffers, 2.11 has not
-        return DistributedDataParallel(
-            module,
-            broadcast_buffers=False,  # `sync_stats_and_grads` averages them once per update
-            find_unused_parameters=True,  # also keeps the order of summation the same after a resume
-        )
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13 and newer
+    buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
+    return DistributedDataParallel(
+        module,
+        find_unused_parameters=True,  # also keeps the order of summation the same after a resume
+        **{buffers: False},  # `sync_stats_and_grads` averages them once per update
+    )
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ def unwritable(path: Path, error: Exception) -> DataError:
     return DataError(
         f"cannot write {path}: {why}; what was there before is untouched",
         hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes a run), or choose another "
-        "place with --out (runs) or KDCLI_HOME (zoo, banks). A stopped run continues with --resume.",
+        "place: --out for runs, --file for exported files, KDCLI_HOME for the zoo and banks. A stopped run continues "
+        "with --resume.",
     )
 
 

@@ -85,7 +85,7 @@ def _all_rows(rows: Shaped[Tensor, "b ..."], width: int) -> Shaped[Tensor, "n ..
 
 
 def all_gather_into(out: Tensor, rows: Tensor) -> None:
-    """torch's all-gather into one tensor, under its name in this version of torch."""
+    """torch's all-gather into one tensor, under the name that this version of torch prefers."""
     gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
     gather(out, rows)
 

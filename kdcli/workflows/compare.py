@@ -172,30 +172,36 @@ def _train(
         if resume:
             stack.enter_context(run.writing())
             distributed.on_rank0(run.repair)
-        for n, (config, numbers, checkpoints) in enumerate(streams):
 
-            def begin(
-                classroom: Classroom, first: bool = n == 0 and not resume, checkpoints: Run = checkpoints
-            ) -> None:
-                if first:
-                    stack.enter_context(run.writing())
-                    distributed.on_rank0(lambda: _lay_out(run, classroom, recipe, methods, seeds, independent))
-                distributed.on_rank0(lambda: files.make_folder(checkpoints.path))
-
+        def train_shared(config: Recipe, numbers: list[int], checkpoints: Run, first: bool) -> None:
+            """The learners of a stream that share a classroom."""
             shared, _ = split_by_stages(learners(config, methods, numbers))
             label = f"{len(shared)} student{'s' if len(shared) > 1 else ''}"
             label = f"seed {numbers[0]}: {label}" if independent else label
             group = Group(label, shared, checkpoints, {name: Run(run.path / name) for name in shared}, record=run)
-            done, begun = distributed.on_rank0(lambda g=group: (g.done, resume and g.run.path.is_dir()))
+
+            def begin(classroom: Classroom) -> None:
+                if first and not resume:
+                    stack.enter_context(run.writing())
+                    distributed.on_rank0(lambda: _lay_out(run, classroom, recipe, methods, seeds, independent))
+                distributed.on_rank0(lambda: files.make_folder(checkpoints.path))
+
+            done, begun = distributed.on_rank0(lambda: (group.done, resume and checkpoints.path.is_dir()))
             if not done:
                 groups.train_group(group, _shared_classroom(config, device), follow, resume=begun, begin=begin)
             if independent:
-                distributed.on_rank0(lambda left=checkpoints: left.path.is_dir() and left.remove())
+                distributed.on_rank0(lambda: checkpoints.path.is_dir() and checkpoints.remove())
+
+        def train_with_stages(name: str, one: Recipe) -> None:
+            folder = Run(run.path / name)
+            if not distributed.on_rank0(lambda: folder.done):
+                stages.train(one, folder, device, groups.labelled(follow, f"{name}: "))
+
+        for n, stream in enumerate(streams):
+            train_shared(*stream, first=n == 0)
         for config, numbers, _ in streams:
             for name, one in split_by_stages(learners(config, methods, numbers))[1].items():
-                folder = Run(run.path / name)
-                if not distributed.on_rank0(lambda folder=folder: folder.done):
-                    stages.train(one, folder, device, groups.labelled(follow, f"{name}: "))
+                train_with_stages(name, one)
         distributed.on_rank0(lambda: files.write_text(run.path / "compare.json", summarise(run).json()))
     return distributed.on_rank0(lambda: summarise(run))
 
@@ -264,7 +270,7 @@ def _line(method: str, seeds: list[int], values: list[float], best: list[float],
 
 def _t95(freedom: int) -> float:
     """The two-sided 95 % quantile of Student's t."""
-    from scipy.stats import t  # comes with scikit-learn
+    from scipy.stats import t
 
     return float(t.ppf(0.975, freedom))
 

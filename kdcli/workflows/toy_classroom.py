@@ -318,4 +318,4 @@ def remade(lesson: Lesson, change: Change = lambda where, x: x, **facts: Any) ->
 def leaves(lesson: Lesson) -> dict[str, Tensor]:
     """The learners' outputs by place: the tensors that a gradient may reach."""
     found = tree_flatten_with_path(lesson.outputs)[0]
-    return {f"{path[0].key}{keystr(path[1:])}": x for path, x in found if x is not None}
+    return {keystr(path[:1])[2:-2] + keystr(path[1:]): x for path, x in found if x is not None}

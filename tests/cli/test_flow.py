@@ -135,6 +135,7 @@ def test_compare_takes_the_newest_run_that_has_mentors_and_stands_for_its_method
     assert rows == ["nokd", "aver", "classroom"]
     run = kdcli("runs", "ls", "--json").json[-1]
     assert run["kind"] == "compare"
+    assert said.next == f"kdcli export --onnx runs/{run['run']}/classroom-0"  # never the best on the test set
     assert f"{run['run']}/classroom-0 (the newest)" in kdcli("evaluate").err
     shown = kdcli("runs", "show")
     assert "within noise" in shown.out or "better" in shown.out or "worse" in shown.out

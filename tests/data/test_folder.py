@@ -1,6 +1,7 @@
 """Folders of images: real ImageNet images, odd files, bad files."""
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from kdcli.recipe import DataConfig
 
 
 def opened(path, kind="folder", **keys):
-    return open_data(DataConfig(name=f"{kind}:{path}", **({"workers": 0, "image_size": 32} | keys)))
+    settings: dict[str, Any] = {"workers": 0, "image_size": 32} | keys
+    return open_data(DataConfig(name=f"{kind}:{path}", **settings))
 
 
 def refused(path, kind="folder", **keys) -> KdcliError:
@@ -108,7 +110,9 @@ def test_one_folder_is_split_by_name(folder):
     again = opened(path)
     assert again.hash == data.hash
     assert again.test.take(8).equal(data.test.take(8))
-    files = [set(p.files.tolist()) for p in opened(path, augment="imagenet").train.store.readers.decoder.parts]
+    store = opened(path, augment="imagenet").train.store
+    assert isinstance(store, Files)
+    files = [set(p.files.tolist()) for p in store.readers.decoder.parts]  # pyright: ignore
     assert not files[0] & files[1]
     assert len(files[0] | files[1]) == 40
 

@@ -5,15 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from cli_kit import environment, kdcli, picture_folder
+from cli_kit import Started, kdcli, picture_folder
 from PIL import Image
 
 from kdcli.cli import options
@@ -317,14 +315,13 @@ def test_a_disk_that_fills_up_leaves_nothing(pets, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_in_the_middle_leaves_nothing_that_stays(tmp_path, number):
     pets = picture_folder(tmp_path / "pets", ("ant", "bee"), train=300, val=10, size=400)
-    args = [sys.executable, "-m", "kdcli", "data", "pack", "--data", f"folder:{pets}"]
-    with subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()) as one:
+    with Started("data", "pack", "--data", f"folder:{pets}") as one:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".pets.pack.*.tmp")) and one.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         one.send_signal(number)
-        _, said = one.communicate(timeout=30)
-    assert one.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), said
+        said = one.said(30)
+    assert said.code == (130 if number == signal.SIGTERM else -signal.SIGKILL), said.err
     if number == signal.SIGKILL:
         assert len(list(tmp_path.glob(".pets.pack.*.tmp"))) == 1
         shutil.rmtree(pets)

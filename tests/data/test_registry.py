@@ -20,7 +20,7 @@ def test_a_source_is_complete(kind, tmp_path):
     assert isinstance(module.rows(kind, tmp_path), list)
     assert source.augment in AUGMENTS
     assert source.usage.partition(":")[0].partition("[")[0] == kind
-    assert source.layout.format(where="x")
+    assert bool(source.layout.format(where="x")) == source.takes_path
     if source.recipe:
         start = recipe.load(source.recipe)
         assert start.data.augment in ("auto", source.augment)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from kdcli.data import Stream, available, open_data
 from kdcli.data.split import balanced, check_classes, held_out, stratified
+from kdcli.data.workers import Files
 from kdcli.errors import DataError, KdcliError, RecipeError
 from kdcli.recipe import DataConfig
 
@@ -121,6 +122,11 @@ def tagged(tmp_path):
     return write
 
 
+def names_of(data) -> list[list[str]]:
+    assert isinstance(data.train.store, Files)
+    return [[bytes(f).decode() for f in p.files] for p in data.train.store.readers.decoder.parts]  # pyright: ignore
+
+
 def parts(train=24, val=8):
     return [f"{part}/{n:02}.png" for part, count in (("train", train), ("val", val)) for n in range(count)]
 
@@ -168,13 +174,13 @@ def test_a_folder_without_parts_is_split_by_name(tagged):
     names = [f"images/{n:03}.png" for n in range(60)]
     path, labels = tagged(names)
     data = opened(f"folder:{path}", augment="imagenet")
-    files = [[bytes(f).decode() for f in p.files] for p in data.train.store.readers.decoder.parts]
+    files = names_of(data)
     assert sorted(files[0] + files[1]) == names
     assert 9 <= len(files[1]) <= 24
     counts = data.train.targets.sum(0) + data.test.targets.sum(0)
     assert (data.test.targets.sum(0) >= 0.2 * counts - 0.5).all()
     again = opened(f"folder:{path}", augment="imagenet")
-    assert [bytes(f).decode() for f in again.train.store.readers.decoder.parts[1].files] == files[1]
+    assert names_of(again) == files
     rare = [labels[name] for name in names[:-1]] + ["cow;yak"]
     tagged(names, rare)
     with_rare = opened(f"folder:{path}")

@@ -1,18 +1,16 @@
 """How many threads decode changes no pixel; an image that is lost and a signal to all processes lose nothing."""
 
-import contextlib
 import io
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cli_kit import environment
+from cli_kit import Started
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
@@ -63,7 +61,7 @@ def test_threads_change_nothing(folder, augment, monkeypatch):
 
 
 def test_the_number_of_threads_is_said(folder):
-    notes = {key: (value, why) for key, value, why in opened(folder()).notes}
+    notes: dict[str, Any] = {key: (value, why) for key, value, why in opened(folder()).notes}
     assert notes["data.workers"][0] >= 1
     assert "threads" in notes["data.workers"][1]
     assert readers(opened(folder(root="b"), workers=3)).workers == 3
@@ -175,7 +173,7 @@ def command(path, out, *, epochs, size=72) -> list[str]:
     args = ["--model", "cifar_resnet10_xxs", "--data", f"folder:{path}", "--epochs", str(epochs), "--out", str(out)]
     sets = [f"data.image_size={size}", "data.workers=2", "train.batch_size=4",
             "train.precision=fp32"]  # fmt: skip
-    return [sys.executable, "-m", "kdcli", "train", *args, *(word for one in sets for word in ("--set", one))]
+    return ["train", *args, *(word for one in sets for word in ("--set", one))]
 
 
 def until(true, seconds=60.0) -> None:
@@ -185,29 +183,18 @@ def until(true, seconds=60.0) -> None:
         time.sleep(0.02)
 
 
-@contextlib.contextmanager
-def started(args):
-    with subprocess.Popen(
-        args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment()
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 @posix
 def test_sigterm_to_the_whole_group_saves_where_it_is(folder, tmp_path):
     """As a batch system ends a job: the threads decode on until the step under way is saved."""
     out = tmp_path / "run"
-    with started(command(folder(n=60), out, epochs=500)) as process:
+    with Started(*command(folder(n=60), out, epochs=500), start_new_session=True) as process:
         until(lambda: (out / "last.ckpt").exists() or process.poll() is not None)
         time.sleep(0.2)  # into the next epoch
         os.killpg(process.pid, signal.SIGTERM)
-        _, said = process.communicate(timeout=30)
-    assert process.returncode == 130, said
-    assert said.startswith("error: stopped by SIGTERM")
-    assert "Traceback" not in said
+        said = process.said(30)
+    assert said.code == 130, said.err
+    assert said.own[0].startswith("error: stopped by SIGTERM")
+    assert "Traceback" not in said.err
     assert torch.load(out / "last.ckpt", weights_only=True)["epoch"] >= 1
 
 
@@ -216,7 +203,7 @@ def test_a_run_that_loses_an_image_is_saved_and_goes_on_when_it_is_back(folder, 
     from cli_kit import kdcli
 
     path = folder(n=10, size=(80, 80))
-    arguments = command(path, tmp_path / "whole", epochs=2)[3:]
+    arguments = command(path, tmp_path / "whole", epochs=2)
     kdcli(*arguments)
     victim = path / "train" / "ant" / "ant7.png"
     real = Readers._submit

@@ -348,7 +348,7 @@ def test_a_folder_with_nothing_but_a_lock_says_so(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / lock.NAME).touch()
     said = kdcli("distill", "--resume", tmp_path / "run", code=2)
-    assert "stopped before anything of it was written" in said.err
+    assert "stopped before it wrote anything" in said.err
 
 
 def test_a_part_of_a_compare_is_not_resumed_by_itself(tmp_path: Path) -> None:
