@@ -33,9 +33,7 @@ class Signals:
             signal.signal(number, handler or signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
 
     def _record(self, number: int, _frame: object) -> None:
-        if (
-            self.caught and number == signal.SIGINT and distributed.alone()
-        ):  # a launcher forwards the SIGINT that every rank got already
+        if self.caught and number == signal.SIGINT and distributed.alone():  # ranks get it twice: the launcher's too
             raise KeyboardInterrupt
         self.caught.append(signal.Signals(number).name)
         if self._open:

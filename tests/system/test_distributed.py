@@ -190,7 +190,7 @@ def test_ranks_are_known_by_the_whole_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     assert distributed.expected_ranks() == 4
-    with pytest.raises(RecipeError, match="--gpus 2: this process is one of 4 ranks"):
+    with pytest.raises(RecipeError, match="--gpus 2: this process is already one of 4 ranks"):
         distributed.join(kit.CPU, 2)
     with pytest.raises(RecipeError, match="ranks compute on cuda or cpu"):
         distributed.join(torch.device("mps"))
