@@ -18,7 +18,7 @@ from kdcli.methods import pairing
 from kdcli.methods.base import Lesson, Method, Phase, SetupContext, Temperature, Terms
 from kdcli.models import layers
 from kdcli.models.member import Member
-from kdcli.models.split import Rest
+from kdcli.models.split import Tail
 from kdcli.system import device as devices
 
 Many = Annotated[int, Field(ge=2)]
@@ -70,9 +70,9 @@ class Cohort(Method):
         self.tap = [*stages][-2] if self.split == "auto" else pairing.tap(stages, self.split, "the student", "split")
         self.precision, _ = devices.precision(context.train.precision, context.device, frozen=False)  # as the student's
         self.branches = nn.ModuleList(seats)
-        self.rests: list[Rest] = []
+        self.rests: list[Tail] = []
         for member in seats:
-            rest = Rest(member.net, member.head, member.input_size, member.name, self.tap)
+            rest = Tail(member.net, member.head, member.input_size, member.name, self.tap)
             rest.share_beginning(context.student.net)
             self.rests.append(rest)
 
@@ -257,7 +257,7 @@ class FFL(Cohort):
     def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         super().setup(context, lesson)
         assert lesson is not None
-        if not all(rest.tells_last for rest in self.rests):
+        if not all(rest.has_last_map for rest in self.rests):
             raise RecipeError(
                 f"method: the rest of {context.student.name} does not pass its last map on, so there is nothing to fuse",
                 hint="--set method.form=networks",
