@@ -18,6 +18,7 @@ STAGE = "@stage:"
 """What the name of a stage's graduate begins with, wherever a network is named."""
 NAMED = ("student", "teacher", "peers")
 REMOVED = {
+    "classroom.bank_top": "--set data.views=8 limits a bank's size; --set classroom.bank=false runs without one.",
     "data.readers": "Images are decoded by threads; data.workers says how many.",
     "data.decode": "Images are decoded on the CPU.",
 }
@@ -61,18 +62,17 @@ class DataConfig(Section):
 
 
 class ClassroomConfig(Section):
-    """Who learns and who teaches, each by name."""
+    """The student and its mentors, each by name, and how the mentors run."""
 
     student: str | None = None
     teacher: str | None = None
     peers: list[str] = []
     class_map: Literal["off", "auto"] | dict[str, str | int] = "off"  # data class -> mentor's class
     precision: Precision = "auto"  # of the mentors
-    compile: bool | None = None  # torch.compile the mentors; left out: those who answer so much that it pays
-    ahead: int | None = Field(default=None, ge=1)  # batches they answer at once; left out: what a measurement says
-    bank: bool = False  # keep the mentors' answers on disk, rounded to float16, and read them from there
-    bank_top: int | None = Field(default=None, ge=1)  # of a banked answer keep this many classes; default all
-    bank_pooled: bool = False  # bank the mentors' penultimate vectors too
+    compile: bool | None = None  # torch.compile the mentors; default: those for which compile time pays back
+    ahead: int | None = Field(default=None, ge=1)  # batches in one look-ahead; default: the fastest by measurement
+    bank: bool = False  # cache the mentors' outputs on disk, rounded to float16
+    bank_pooled: bool = False  # cache their penultimate vectors too
 
 
 class MethodConfig(BaseModel):
@@ -370,35 +370,51 @@ def _method(table: Any, otherwise: str = MethodConfig.model_fields["name"].defau
 
 def from_dict(tables: dict[str, Any], where: str) -> Recipe:
     """A checked Recipe. Raises RecipeError that says `where: key`, what was wrong and the nearest allowed name."""
-    tables = _without_old_defaults(tables)
-    _check_keys(tables, where)
     try:
-        recipe = Recipe.model_validate(tables)
-        _check_stages(recipe, where)
-        return recipe
+        recipe = Recipe.model_validate(_without_old_defaults(tables))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "dict[")))
-            value = problem.get("input")  # for a check of a whole table it is the table, too long to be of use
-            given = "" if isinstance(value, dict) else f" (given {value!r})"
-            lines.append(f"{where}: {key}: {problem['msg']}{given}")
-        hint = "`kdcli recipes cat quickstart` shows every table."
-        raise RecipeError("\n".join(dict.fromkeys(lines)), hint=hint) from None
+        raise _explained(error, where) from None
+    _check_stages(recipe, where)
+    return recipe
+
+
+def _explained(error: ValidationError, where: str) -> RecipeError:
+    """pydantic's findings in one message; an unknown key alone, with the nearest known one."""
+    lines = []
+    for problem in error.errors():
+        loc = [part for part in problem["loc"] if not str(part).startswith(("literal[", "dict[", "function-"))]
+        key, section = ".".join(map(str, loc)), _section(loc[:-1])
+        unknown = section is not None and loc[-1] not in section.model_fields and problem["type"] != "missing"
+        if section and unknown and (section is not Expect or not isinstance(problem["input"], dict)):
+            if cure := REMOVED.get(key):
+                return RecipeError(f"{where}: {key} was removed", hint=cure)
+            known = section.model_fields
+            hint = did_you_mean(str(loc[-1]), known) or f"Allowed: {', '.join(known)}."
+            return RecipeError(f"{where}: {key}: no such key", hint=hint)
+        value = problem.get("input")  # for a check of a whole table it is the table, too long to be of use
+        given = "" if isinstance(value, dict) else f" (given {value!r})"
+        lines.append(f"{where}: {key}: {problem['msg']}{given}")
+    return RecipeError("\n".join(dict.fromkeys(lines)), hint="`kdcli recipes cat quickstart` shows every table.")
+
+
+def _section(loc: list[Any]) -> type[BaseModel] | None:
+    """The table that a key stands in; None for what has no keys of its own."""
+    if not loc:
+        return Recipe
+    if len(loc) == 1:
+        model = {"expect": Expect}.get(loc[0]) or getattr(Recipe.model_fields.get(loc[0]), "annotation", None)
+        return model if isinstance(model, type) and issubclass(model, Section) else None
+    return StageConfig if loc[0] == "stage" and len(loc) == 2 else None
 
 
 def _check_keys(tables: dict[str, Any], where: str) -> None:
-    """Refuse unknown keys with the nearest known one: pydantic would not name it."""
-    _unknown(tables, Recipe, where, "")
-    for name, field in Recipe.model_fields.items():
-        model = Expect if name == "expect" else field.annotation
-        value = tables.get(name)
-        if isinstance(model, type) and issubclass(model, Section) and isinstance(value, dict):
-            given = {key: x for key, x in value.items() if model is not Expect or not isinstance(x, dict)}
-            _unknown(given, model, where, f"{name}.")
-    for n, one in enumerate(tables.get("stage") or []):
-        if isinstance(one, dict):
-            _unknown(one, StageConfig, where, f"stage.{one.get('name', n)}.")
+    """Refuse unknown keys of one file, before what it extends is merged in and hides where they stand."""
+    try:
+        Recipe.model_validate(tables)
+    except ValidationError as error:
+        explained = _explained(error, where)
+        if explained.message.endswith(("no such key", "was removed")):
+            raise explained from None
 
 
 def _without_old_defaults(tables: dict[str, Any]) -> dict[str, Any]:
@@ -430,17 +446,6 @@ def _check_stages(recipe: Recipe, where: str) -> None:
         known.append(name)
     if len(recipe.stage) > len({one.name for one in recipe.stage}):
         raise RecipeError(f"{where}: two stages have one name", hint="Each [[stage]] needs a name of its own.")
-
-
-def _unknown(table: dict[str, Any], model: type[BaseModel], where: str, prefix: str) -> None:
-    for key in table:
-        if cure := REMOVED.get(prefix + key):
-            raise RecipeError(f"{where}: {prefix}{key} was removed", hint=cure)
-        if key not in model.model_fields:
-            raise RecipeError(
-                f"{where}: {prefix}{key}: no such key",
-                hint=did_you_mean(key, model.model_fields) or f"Allowed: {', '.join(model.model_fields)}.",
-            )
 
 
 def _nest(dotted: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Lessons and rooms made by hand, for methods that read maps and pooled vectors."""
+"""Lessons and setup contexts made by hand, for methods that read maps and pooled vectors."""
 
 from typing import Any, cast
 
@@ -32,17 +32,24 @@ def output(shapes: list[tuple[int, int, int]], dims: int, batch: int, seed: int,
     return Output(out, pooled, maps)
 
 
+def each(outs: Any, strong: Any = None) -> list[Output]:
+    """One Output per mentor from logits [M, B, K], and from those of a second view."""
+    views = [None if strong is None else Output(torch.as_tensor(one)) for one in (outs if strong is None else strong)]
+    return [Output(torch.as_tensor(out), strong=view) for out, view in zip(outs, views, strict=True)]
+
+
 def lesson(student=CIFAR3, teacher=TIMM4, batch: int = 4, seed: int = 0, index: list[int] | None = None) -> Lesson:
-    """A student of 5 pooled numbers that learns, a teacher of 7; maps of the shapes given."""
+    """A student with 5 pooled numbers that learns, a teacher with 7; maps of the given shapes."""
     batch = batch if index is None else len(index)
-    mine, taught = output(student, 5, batch, 10 * seed, learns=True), output(teacher, 7, batch, 1000 + 10 * seed)
+    mine = output(student, 5, batch, 10 * seed, learns=True)
+    theirs = output(teacher, 7, batch, 1000 + 10 * seed)
     numbers = torch.arange(batch) if index is None else torch.tensor(index)
     generator = torch.Generator().manual_seed(seed)
-    return Lesson(numbers % K, numbers, 0.0, 0, Classify(K), generator, mine, {"student": mine}, [taught])
+    return Lesson(numbers % K, numbers, 0.0, 0, Classify(K), generator, mine, {"student": mine}, [theirs])
 
 
 def room(targets: list[int] | None = None, index: list[int] | None = None, **over: Any) -> SetupContext:
-    """A room of nothing but data: image i is of class i mod K."""
+    """A context with nothing but data: image i is of class i mod K."""
     targets = [i % K for i in range(12)] if targets is None else targets
     split = Split(
         cast(Any, None), torch.tensor(targets), None if index is None else torch.tensor(index), max(30, len(targets))
@@ -63,7 +70,7 @@ def ready(name: str, given: Lesson, at: SetupContext | None = None, **options: A
 
 
 def leaves(of: Output) -> list[Tensor]:
-    """All that a view's network has said."""
+    """All tensors of an output."""
     assert of.pooled is not None
     assert of.maps is not None
     return [of.out, of.pooled, *of.maps.values()]

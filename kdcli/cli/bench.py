@@ -12,7 +12,7 @@ EXAMPLES = ("kdcli bench", "kdcli bench --data folder:images,pack:images.pack")
 def bench(
     files: Annotated[
         list[str] | None,
-        typer.Argument(help="ONNX files or exported runs; default: the newest run's.", metavar="FILE..."),
+        typer.Argument(help="Exported files, or runs that were exported; default: the newest.", metavar="FILE..."),
     ] = None,
     data: o.Data = None,
     batch: Annotated[int | None, typer.Option(help="Images at a time (default 1; with --data 64).", min=1)] = None,
@@ -25,7 +25,7 @@ def bench(
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:
-    """Latency and throughput of exported files in onnxruntime, called in turn within one process.
+    """Latency and throughput of exported files, called in turn within one process.
 
     With --data (several, separated by commas): images per second of each one's training stream instead.
     """
@@ -34,7 +34,8 @@ def bench(
 
     from kdcli.cli import tables
     from kdcli.errors import RecipeError, WeightsError
-    from kdcli.export import bench as room
+    from kdcli.export import is_exported, student_file
+    from kdcli.export.bench import bench as time_files
     from kdcli.training import run as runs
 
     if data:
@@ -44,18 +45,18 @@ def bench(
 
     paths = []
     for name in files or [None]:
-        if name is not None and (Path(name).is_file() or Path(name).suffix == ".onnx"):
+        if name is not None and (Path(name).is_file() or is_exported(name)):
             path, cure = Path(name), "`kdcli export --onnx` writes the newest run's student."
         else:
             run = runs.find(name)
             tables.named(run, name)
-            path, cure = run.path / "student.onnx", f"kdcli export --onnx {name or ''}".strip()
+            path, cure = student_file(run.path), f"kdcli export --onnx {name or ''}".strip()
         if not path.is_file():
             raise WeightsError(f"{path}: no such file", hint=cure)
         paths.append(path)
     names = {str(path): path for path in paths}
     batch = batch or 1
-    timings = room.bench(names, batch=batch, threads=threads, runs=calls)
+    timings = time_files(names, batch=batch, threads=threads, runs=calls)
     if json:
         tables.as_json([asdict(timing) for timing in timings])
         return

@@ -1,4 +1,4 @@
-"""kdcli check: a classroom checked before anything is trained; a method put through the contract."""
+"""kdcli check: a classroom before anything is trained; a method's options and its contract."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +36,8 @@ def check(
 ) -> None:
     """Check a recipe without training: names, sizes, weights, each mentor's score, a few steps, the cost.
 
-    With --method and no classroom: put the method through the contract of methods, on toy data (your own always is).
+    With --method and no classroom: list the method's options, tasks and needs, and test the contract of all methods on
+    small networks. A method of your own is tested in any case.
     """
     from kdcli import recipe as recipes
     from kdcli.cli import tables
@@ -103,19 +104,41 @@ def _show(found: "Checked") -> None:
 
 
 def _contract(name: str, options: dict[str, Any], device: str | None, quiet: bool) -> dict[str, Any]:
-    """Run every check of the contract on a method and print the table; returns the verdicts as data."""
+    """Describe a method and run every check of its contract, printed unless `quiet`; the same as data."""
     from dataclasses import asdict
 
+    from kdcli import methods
     from kdcli.cli import tables
     from kdcli.system import device as devices, user_code
     from kdcli.workflows import method_contract
 
+    label, method = user_code.label(name), methods.build(name, options)
+    known = [
+        {"name": one.name, "type": one.words, "default": one.default, "doc": one.doc}
+        for one in methods.options(name).values()
+    ]
+    about = {"mentors": method.teachers, "tasks": sorted(method.tasks), "needs": sorted(method.needs)}
+    if not quiet:
+        rows = [[one["name"], one["type"], _value(one["default"]), one["doc"]] for one in known]
+        if rows:
+            tables.table(["option", "type", "default", "what it does"], rows, title=f"options of {label}", left=4)
+        tables.line("mentors:", f"{method.teachers} or more" if method.teachers else "none")
+        tables.line("tasks:", ", ".join(about["tasks"]))
+        for need in sorted(method.needs):
+            tables.line("needs:", f"{need}: {methods.fields.docs(methods.Need)[need.name]}")
     verdicts = list(method_contract.examine(name, options, devices.pick(device)))
-    label = user_code.label(name)
     if not quiet:
         rows = [[one.check, one.result, one.reason] for one in verdicts]
-        tables.table(["check", "result", "why"], rows, title=f"the contract of methods: {label}", left=3)
-    return {"method": label, "options": options, "checks": [asdict(one) for one in verdicts]}
+        tables.table(["check", "result", "why"], rows, title=f"contract of {label}", left=3)
+    checks = [asdict(one) for one in verdicts]
+    return {"method": label, "options": options, "known_options": known, **about, "checks": checks}
+
+
+def _value(default: Any) -> str:
+    """A default as it is written in a recipe; an option that is left out has none."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "" if default is None else str(list(default) if isinstance(default, tuple) else default)
 
 
 def _judge(label: str, verdicts: list[dict[str, Any]]) -> None:
@@ -126,5 +149,5 @@ def _judge(label: str, verdicts: list[dict[str, Any]]) -> None:
     if failed:
         raise RecipeError(
             f"method {label} fails {len(failed)} of {len(verdicts)} checks: {', '.join(failed)}",
-            hint="The table says why; the checks are in kdcli/workflows/method_contract.py.",
+            hint="The table gives the reasons; kdcli/workflows/method_contract.py holds the checks.",
         )

@@ -1,4 +1,4 @@
-"""kdcli evaluate: any run, checkpoint or ONNX file on any data."""
+"""kdcli evaluate: any run, checkpoint or exported file on any data."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -21,7 +21,7 @@ class SplitName(StrEnum):
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(help="A run, an ONNX file or NAME@WEIGHTS; default: the newest run.", metavar="RUN|FILE|NAME"),
+        typer.Argument(help="A run, exported file or NAME@WEIGHTS; default: the newest run.", metavar="RUN|FILE|NAME"),
     ] = None,
     mentors: Annotated[
         bool,
@@ -41,6 +41,7 @@ def evaluate(
     from kdcli.cli import tables
     from kdcli.cli.resolve import subject
     from kdcli.errors import DataError, RecipeError
+    from kdcli.export import is_exported
     from kdcli.system import device as devices
     from kdcli.training.evaluate import report
 
@@ -75,7 +76,7 @@ def evaluate(
     tables.table(["class", what.task.per_class.title], [[name, f"{value:.1f}"] for name, value in worst])
     if what.run:
         tables.next_line("kdcli export --onnx" + (f" {model}" if model else ""))
-    elif model and model.endswith(".onnx"):
+    elif model and is_exported(model):
         tables.next_line(f"kdcli bench {model}")
     else:
         task = "" if what.task.name == "classify" else f" --set task={what.task.name}"

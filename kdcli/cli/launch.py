@@ -87,7 +87,7 @@ def launch(entry: Main, argv: list[str], ranks: int, device: str | None, *, debu
             number, failure = min(error.failures.items())
             raise InterruptedRun(
                 f"rank {number} died ({_ending(failure.exitcode)}), and again after {RESTARTS} restarts",
-                hint="SIGKILL often means too little memory: fewer ranks, a smaller train.batch_size, "
+                hint="SIGKILL often means too little memory: fewer ranks, a smaller train.batch_size or "
                 "data.workers=0. `kdcli runs ls` shows the run; --resume continues it.",
             ) from None
     finally:

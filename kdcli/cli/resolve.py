@@ -1,4 +1,4 @@
-"""What evaluate, export and bench take: a run, an ONNX file or NAME@WEIGHTS, with its data."""
+"""What evaluate, export and bench take: a run, an exported file or NAME@WEIGHTS, with its data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from kdcli import recipe as recipes
 from kdcli.cli import tables
 from kdcli.data import DataSet, open_data
 from kdcli.errors import DataError, RecipeError, did_you_mean
+from kdcli.export import is_exported, open_file
 from kdcli.models.member import Member
 from kdcli.recipe import Recipe
 from kdcli.system.sizes import plain
@@ -48,8 +49,8 @@ def subject(
     over |= {"data.name": data} if data else {}
     over |= {"data.root": root} if root else {}
     over |= {"data.skip_corrupt": True} if skip_corrupt else {}
-    if given and given.endswith(".onnx"):
-        return _onnx(given, over, device)
+    if given and is_exported(given):
+        return _exported(given, over, device)
     if given and given.endswith(".safetensors") and Path(given).with_suffix(".toml").is_file():
         return _with_card(Path(given), over, device)
     if given and not (Path(given) / "provenance.json").is_file() and not (runs.ROOT / given).is_dir():
@@ -77,10 +78,9 @@ def _with_card(path: Path, over: dict[str, Any], device: Device) -> Subject:
     return Subject(str(path), member.to(device), opened, None, _task(recipe, opened))
 
 
-def _onnx(path: str, over: dict[str, Any], device: Device) -> Subject:
-    from kdcli.export.onnx import OnnxModel
-
-    model = OnnxModel(Path(path))
+def _exported(path: str, over: dict[str, Any], device: Device) -> Subject:
+    """An exported file, on the data of its run if no other is named."""
+    model = open_file(path)
     run = Path(model.metadata.get("run", ""))
     if "data.name" in over or not (run / "recipe.toml").is_file():
         recipe = _on_data(path, {"task": model.metadata.get("task", "classify"), **over})
@@ -102,7 +102,7 @@ def _named(spec: str, over: dict[str, Any], device: Device) -> Subject:
         if "@" in spec or ":" in spec:
             raise
         raise RecipeError(
-            f"{spec!r} is not a run, an ONNX file or the name of a model",
+            f"{spec!r} is not a run, an exported file or the name of a model",
             hint=f"{did_you_mean(spec, known) if known else error.hint} `kdcli runs ls` lists the runs; "
             "a checkpoint is named ARCHITECTURE@PATH.",
         ) from None

@@ -72,13 +72,13 @@ class Batch:
         """Rows `start` to `end` of the global batch, or this rank's share of them."""
         if start == 0 and end >= len(self.global_batch.index):
             return self
-        whole, own = self.whole, slice(start, end)
+        whole, rows = self.whole, slice(start, end)
         if whole is not None:
-            whole = replace(whole, target=whole.target[own], index=whole.index[own], at=start)
-            own = whole.layout.own
-        cut = {name: getattr(self, name)[own] for name in ("images", "target", "index", "view")}
-        host = None if self.host is None else (self.host[0][own], self.host[1][own])
-        return replace(self, **cut, host=host, whole=whole, strong=None if self.strong is None else self.strong[own])
+            whole = replace(whole, target=whole.target[rows], index=whole.index[rows], at=start)
+            rows = whole.layout.own
+        cut = {name: getattr(self, name)[rows] for name in ("images", "target", "index", "view")}
+        host = None if self.host is None else (self.host[0][rows], self.host[1][rows])
+        return replace(self, **cut, host=host, whole=whole, strong=None if self.strong is None else self.strong[rows])
 
     def share(self, mirrored: bool) -> "Batch":
         """This rank's share: `images` holds its rows already, the other fields those of the global batch."""
@@ -89,8 +89,8 @@ class Batch:
         target, index, view = (x.index_select(0, rows) for x in (self.target, self.index, self.view))
         host = self.host
         if host is not None:
-            own = shards.ranks_of_rows(len(host[0]), mirrored) == distributed.rank()
-            host = host[0][own], host[1][own]
+            here = shards.ranks_of_rows(len(host[0]), mirrored) == distributed.rank()
+            host = host[0][here], host[1][here]
         return replace(self, target=target, index=index, view=view, host=host, whole=whole)
 
 

@@ -121,7 +121,7 @@ class DataSet:
     classes: list[str]
     wnids: list[str] | None  # WordNet ids, where the class folders have such names
     hash: str  # sha256 of the whole source, before holdout and per_class: trained mentors are found by it
-    mean: tuple[float, float, float]  # for a student without values of its own
+    mean: tuple[float, float, float]  # for a student whose architecture has none
     std: tuple[float, float, float]
     image_size: Size
     augment: str  # the preset in force, never "auto"

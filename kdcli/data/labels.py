@@ -26,9 +26,10 @@ class Row:
 def present(folder: Path) -> bool:
     """Whether the folder has a labels.csv whose first line names a column of files and one of labels."""
     try:
-        with open(folder / NAME, encoding="utf-8-sig", newline="") as file:
-            header = [cell.strip().lower() for cell in next(csv.reader(file), [])]
-    except (OSError, UnicodeDecodeError, csv.Error):
+        with open(folder / NAME, "rb") as file:
+            first = file.readline(10_000).decode("utf-8-sig", errors="replace")
+        header = [cell.strip().lower() for cell in next(csv.reader([first]), [])]
+    except (OSError, csv.Error):
         return False
     return any(name in header for name in FILE) and any(name in header for name in LABELS)
 

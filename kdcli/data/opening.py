@@ -112,7 +112,7 @@ def _open_arrays(
         notes.append(("data.name", name, "the file has no test part: its val part is what is reported on"))
     elif "val" in parts and config.holdout > 0:
         held = parts["val"]
-        notes.append(("data.holdout", len(held), "the file's own val part is the held-out slice; all of train trains"))
+        notes.append(("data.holdout", len(held), "the file's val part is the held-out slice; all of train trains"))
     train, held = _divide(config, parts["train"], raw.labels["train"], held, raw.classes)
     return DataSet(
         name, raw.classes, None, raw.hash(), mean, std, size, augment, train, test, held, views.slots, notes

@@ -41,7 +41,7 @@ class Source:
     augment: str  # default preset
     recipe: str  # training settings where no recipe is given; empty: those of what was packed
     module: str
-    layout: str  # what it consists of, for messages; {where} is the path that was looked at
+    layout: str = ""  # what it consists of, for messages; {where} is the path that was looked at
     several: str = ""  # how it holds several classes an image; empty: it cannot
 
     @property
@@ -62,21 +62,24 @@ FOLDER = (
     "for ImageNet with WordNet ids (n01440764) as classes"
 )
 LABELS = "DIR/labels.csv with the columns file,labels (several labels separated by ;)"
-CIFAR = "Put the archive, or the folder that it unpacks to, into {where}; it is downloaded otherwise"
+NPZ = (
+    "An .npz holds train_images [N,H,W] or [N,H,W,3] (uint8, or float for distilled sets), train_labels [N] or [N,1] "
+    "(class numbers) or [N,K] (0/1, several classes an image), the same for test_ (or val_), and optionally class_names."
+)
 SOURCES: dict[str, Source] = {
-    "digits": Source("digits", 16, "crop", "defaults/digits", "digits", "Part of scikit-learn."),
-    "cifar10": Source("cifar10", 32, "crop-flip", "defaults/cifar", "cifar", CIFAR),
-    "cifar100": Source("cifar100", 32, "crop-flip", "defaults/cifar", "cifar", CIFAR),
+    "digits": Source("digits", 16, "crop", "defaults/digits", "digits"),
+    "cifar10": Source("cifar10", 32, "crop-flip", "defaults/cifar", "cifar"),
+    "cifar100": Source("cifar100", 32, "crop-flip", "defaults/cifar", "cifar"),
     "imagenet": Source("imagenet[:DIR]", 224, "imagenet", "defaults/imagenet", "folder", FOLDER),
-    "folder": Source("folder:DIR", 224, "imagenet", "defaults/folder", "folder", f"{FOLDER}; or one folder a class; or "
-                     "any images with {where}/labels.csv", LABELS),
-    "pack": Source("pack:FILE", 224, "imagenet", "", "pack", "`kdcli data pack --data folder:DIR` writes one.",
-                   "a pack of a folder with labels.csv"),
-    "npz": Source(
-        "npz:FILE", None, "crop-flip", "defaults/npz", "npz",
-        "An .npz holds train_images [N,H,W] or [N,H,W,3] (uint8, or float for distilled sets), train_labels [N] or "
-        "[N,1] (class numbers) or [N,K] (0/1, several classes an image), the same for test_ (or val_), and optionally "
-        "class_names.", "train_labels as a 0/1 matrix [N, K]"),
+    "folder": Source(
+        "folder:DIR", 224, "imagenet", "defaults/folder", "folder",
+        f"{FOLDER}; or one folder a class; or any images with {{where}}/labels.csv", LABELS,
+    ),
+    "pack": Source(
+        "pack:FILE", 224, "imagenet", "", "pack", "`kdcli data pack --data folder:DIR` writes one",
+        "a pack of a folder with labels.csv",
+    ),
+    "npz": Source("npz:FILE", None, "crop-flip", "defaults/npz", "npz", NPZ, "train_labels as a 0/1 matrix [N, K]"),
 }  # fmt: skip
 """Every data source by what stands before the colon of `data.name`."""
 
@@ -95,12 +98,13 @@ def parse(name: str | None) -> tuple[str, str]:
     kind, _, where = name.partition(":")
     source = SOURCES.get(kind)
     if source is None or (where and not source.takes_path):
-        near = did_you_mean(name, USAGES) if len(name) > 1 else ""
-        raise RecipeError(
-            f"data.name = {name!r}: no such data set", hint=f"{near} Your own images are folder:DIR.".strip()
-        )
+        hint = f"{did_you_mean(name, USAGES)} Your own images are folder:DIR.".strip()
+        raise RecipeError(f"data.name = {name!r}: no such data set", hint=hint)
     if source.needs_path and not where:
-        raise RecipeError(f"data.name = {name!r}: the path is missing", hint=f"--data {source.usage}")
+        raise RecipeError(
+            f"data.name = {name!r}: the path is missing",
+            hint=f"--data {source.usage}. {source.layout.format(where='DIR')}",
+        )
     return kind, where
 
 

@@ -79,7 +79,7 @@ def uniform(view: Int[Tensor, " B"], n: int) -> Float[Tensor, "B n"]:
 class Preset:
     """What a named augmentation does, in this order."""
 
-    resized: bool = False  # RandomResizedCrop, scale 0.08..1, ratio 3/4..4/3 of the view's own
+    resized: bool = False  # RandomResizedCrop, scale 0.08..1, aspect ratio 3/4..4/3 times the view's
     crop: bool = False  # pad each side by an eighth of the image, crop back
     flip: bool = False  # half of the views mirrored
     auto: bool = False  # AutoAugment's CIFAR-10 policy
@@ -180,7 +180,8 @@ class Views:
         if self._policy is not None:
             out = self._auto(out, view)
         if self.preset.cutout:
-            out = _cut(out, *(lot(view, 3 + axis, side) for axis, side in enumerate(self.size)), view < 0)
+            height, width = self.size
+            out = _cut(out, lot(view, 3, height), lot(view, 4, width), view < 0)
         return out
 
     def finish(self, pixels: Tensor, view: Int[Tensor, " B"]) -> Tensor:
@@ -304,7 +305,7 @@ def resized_crop(image: Tensor, draws: list[float], size: Size) -> Tensor:
     """
     if not draws:
         return resized(image, *size)
-    top, left, height, width = _crop(draws, *image.shape[-2:], size)
+    top, left, height, width = _crop(draws, image.shape[1], image.shape[2], size)
     out = resized(image[:, top : top + height, left : left + width], *size)
     return out.flip(-1) if _mirrored(draws) else out
 
@@ -319,14 +320,14 @@ def _crop(draws: list[float], height: int, width: int, size: Size) -> tuple[int,
     Uniform in the area and in the logarithm of the ratio. Relative to the view's ratio, since the crop is stretched to
     the view: a view of any shape distorts as much as torchvision's square one.
     """
-    own = size[1] / size[0]
+    aspect = size[1] / size[0]
     for n in range(0, 4 * TRIES, 4):
         area = height * width * (0.08 + 0.92 * draws[n])
-        ratio = own * (4 / 3) ** (2 * draws[n + 1] - 1)
+        ratio = aspect * (4 / 3) ** (2 * draws[n + 1] - 1)
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             return int(draws[n + 2] * (height - h + 1)), int(draws[n + 3] * (width - w + 1)), h, w
-    h, w = min(height, round(width * 4 / 3 / own)), min(width, round(height * 4 / 3 * own))
+    h, w = min(height, round(width * 4 / 3 / aspect)), min(width, round(height * 4 / 3 * aspect))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

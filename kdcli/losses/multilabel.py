@@ -1,4 +1,4 @@
-"""Distillation and marks where every class is a yes or no of its own."""
+"""Distillation and marks for independent classes, each with a yes-or-no label."""
 
 import math
 
@@ -17,7 +17,7 @@ def binary_soft_loss(
     to [*M, B].
     """
     if not isinstance(tau, Tensor):
-        tau = torch.full((), tau, dtype=torch.float32, device=student.device)  # without a copy from the host
+        tau = torch.full((), tau, dtype=torch.float32, device=student.device)  # no copy from the host
     t, s = mentor.float() / tau[..., None], student.float() / tau[..., None]
     yes = t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s))
     no = (-t).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s))
@@ -25,9 +25,9 @@ def binary_soft_loss(
 
 
 def log_mean_mark(out: Float[Tensor, "*M B K"], target: Float[Tensor, "B K"]) -> Float[Tensor, "*M B"]:
-    """log of (1/K) sum_k p_k, with p_k the probability given to what is right about class k: yes or no.
+    """log of (1/K) sum_k p_k, with p_k the probability of the right answer, yes or no, for class k.
 
-    In place of ClassroomKD's probability of the true class (Eq. 2-3), as a log-sum-exp so that it cannot underflow.
+    It replaces ClassroomKD's probability of the true class (Eq. 2-3); as a log-sum-exp it cannot underflow.
     """
     right = F.logsigmoid(torch.where(target > 0.5, out.float(), -out.float()))
     return right.logsumexp(-1) - math.log(out.shape[-1])

@@ -175,25 +175,21 @@ class Mentors:
     def _banked(self, batch: Batch) -> list[Output]:
         """Read what the banks have, compute the rest and store it; nothing waits for the device."""
         rows = self.banks[0].rows_of(*batch.on_host())  # one training set: its rows are the same in every bank
-        there = moved(rows.clamp(min=0), self.device)
-        found = [bank.read(rows, there) for bank in self.banks]
-        lacking: dict[bytes, list[int]] = {}  # mostly all banks lack the same rows, which are computed together
-        for n, (_, known) in enumerate(found):
-            if not bool(known.all()):
-                lacking.setdefault(known.numpy().tobytes(), []).append(n)
-        for which in lacking.values():
+        rows_there = moved(rows.clamp(min=0), self.device)
+        found = [bank.read(rows, rows_there) for bank in self.banks]
+        missing: dict[bytes, list[int]] = {}  # mostly the same rows in every bank, whose mentors then run together
+        for n, (_, valid) in enumerate(found):
+            if not bool(valid.all()):
+                missing.setdefault(valid.numpy().tobytes(), []).append(n)
+        for which in missing.values():
             at = (~found[which[0]][1]).nonzero()[:, 0]
-            here = moved(at, self.device)
-            images, target = batch.images.index_select(0, here), batch.target.index_select(0, here)
-            for n, output in zip(which, self.run_fixed_batch(images, which), strict=True):
-                pooled = output.vectors if output.pooled is not None else None
-                records = self.banks[n].record.pack(output.out, pooled, target)
+            there = moved(at, self.device)
+            outputs = self.run_fixed_batch(batch.images.index_select(0, there), which)
+            for n, output in zip(which, outputs, strict=True):
+                records = self.banks[n].record.pack(output.out, output.pooled)
                 self.banks[n].put(rows[at], records)
-                found[n][0].index_copy_(0, here, records)
-        return [
-            Output(*bank.record.unpack(records, batch.target))
-            for bank, (records, _) in zip(self.banks, found, strict=True)
-        ]
+                found[n][0].index_copy_(0, there, records)
+        return [Output(*bank.record.unpack(records)) for bank, (records, _) in zip(self.banks, found, strict=True)]
 
     def flush(self) -> None:
         """Write what the banks still hold on the device."""

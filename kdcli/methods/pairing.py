@@ -1,4 +1,4 @@
-"""Which stages of two networks go together, and the tap that an option names.
+"""Which stages of two networks belong together, and the tap that an option names.
 
 Any two networks that have maps can be paired, convolutional networks and transformers alike (tokens come as a grid).
 """
@@ -12,15 +12,15 @@ from kdcli.models.taps import is_pre
 
 
 def pair(student: dict[str, Tensor], mentor: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """Which stages go together, (the student's, the mentor's): counted from the last backwards, for that is where both
-    know most; the deeper network's first stages stay alone."""
+    """Pairs of stages, (the student's, the mentor's), counted from the last one backwards, where the features of two
+    networks are most alike; the first stages of the deeper network have no partner."""
     ours, theirs = ([tap for tap in maps if not is_pre(tap)] for maps in (student, mentor))
     n = min(len(ours), len(theirs))
     return list(zip(ours[len(ours) - n :], theirs[len(theirs) - n :], strict=True))
 
 
 def stages(output: Output) -> dict[str, Tensor]:
-    """One model's stages in order, without what came before their activations (`pre`)."""
+    """One model's stages in order, without the maps before their activations (`pre`)."""
     return {name: x for name, x in output.stages.items() if not is_pre(name)}
 
 

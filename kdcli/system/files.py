@@ -46,8 +46,9 @@ def unwritable(path: Path, error: Exception) -> DataError:
     why = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
     return DataError(
         f"cannot write {path}: {why}; what was there before is untouched",
-        hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes one), or choose another place: "
-        "--out for runs, KDCLI_HOME for the zoo. A run that was stopped goes on with --resume.",
+        hint="Free some space (`kdcli runs ls` shows sizes, `kdcli runs rm RUN` removes a run), or choose another "
+        "place: --out for runs, --file for exported files, KDCLI_HOME for the zoo and banks. A stopped run continues "
+        "with --resume.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Which rows of a batch, and of a split that is scored, belong to which rank, and how ranks' rows become one tensor again.
+"""Which rows of a batch, or of a split that is scored, belong to which rank; joining all ranks' rows again.
 
 On a single rank nothing here is needed: callers ask `distributed.alone()` first.
 """

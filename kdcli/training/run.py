@@ -1,4 +1,4 @@
-"""The run folder: recipe, provenance, metrics, checkpoint, student; written whole or not at all."""
+"""The run folder: recipe, provenance, metrics, checkpoints, student. Every file is written whole or not at all."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from kdcli import recipe as recipes
 from kdcli.errors import InterruptedRun, RecipeError, WeightsError, did_you_mean
 from kdcli.recipe import Recipe
 from kdcli.system import distributed, lock, user_code
-from kdcli.system.files import append_line, remove_stale, seal, sealed, write_atomic, write_text
+from kdcli.system.files import append_line, is_whole_zip, remove_stale, write_atomic, write_text
 from kdcli.tasks import TASKS, Metric
 
 ROOT = Path("runs")
@@ -28,7 +28,7 @@ CHECKPOINTS = ("last.ckpt", "previous.ckpt")
 
 @dataclass
 class Run:
-    """A run's folder; nothing but its path is held in memory."""
+    """A run's folder. Only its path is held in memory; everything else is read when needed."""
 
     path: Path
 
@@ -49,13 +49,13 @@ class Run:
 
     @property
     def begun(self) -> bool:
-        """Whether the folder holds a run; its provenance is the first thing a run writes, after its own methods."""
+        """Whether the folder holds a run: after the user's methods, provenance is the first file that a run writes."""
         return (self.path / "provenance.json").exists()
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: the score is the last thing a run writes, the table a compare's."""
-        facts = self.provenance  # runs of earlier versions say it by their best epoch
+        """Whether nothing is left to do: a run writes its score last, a compare its compare.json."""
+        facts = self.provenance  # runs of earlier versions have no `finished`, but a best epoch
         return bool(facts.get("finished", "best_epoch" in facts)) or (self.path / "compare.json").is_file()
 
     @property
@@ -72,12 +72,12 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """As `finished`, also where the folder was not begun."""
+        """As `finished`; False where the folder holds no run."""
         return self.begun and self.finished
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is one, good or not."""
+        """Whether there is a checkpoint file, valid or not."""
         return any((self.path / name).is_file() for name in CHECKPOINTS)
 
     @property
@@ -85,11 +85,11 @@ class Run:
         return str(self.provenance.get("kind", "distill"))
 
     def start(self, recipe: Recipe, provenance: dict[str, Any]) -> None:
-        """Lay the folder out. Raises RecipeError when it already holds a run.
+        """Write the folder's first files. Raises RecipeError when it already holds a run.
 
-        From its first file on the run can be resumed: the provenance holds the recipe too. Its `number` is larger than
-        that of any run beside it, so that the newest is known whatever the clock says. The files of own methods are
-        copied, and the recipe that is kept names the copies.
+        The run can be resumed from its first file on, since the provenance holds the recipe too. Its `number` is larger
+        than that of every other run in the same place, so that the newest is known even if the clock was set back.
+        The files of a user's methods are copied, and the stored recipe names the copies.
         """
         self.check_free()
         for label, name in recipe.own_methods().items():
@@ -102,20 +102,20 @@ class Run:
         write_text(self.path / "recipe.toml", recipe.toml())
 
     def repair(self) -> None:
-        """Put right what a kill left of a folder's beginning or of a file half written."""
+        """Repair what a killed process left: temporary files, a folder without its recipe."""
         remove_stale(self.path)
         if self.begun and not (self.path / "recipe.toml").is_file():
             write_text(self.path / "recipe.toml", self.recipe.toml())
 
     def check_methods(self) -> None:
-        """Raise RecipeError when the file of an own method is another than the run began with, here or where it lay."""
+        """Raise RecipeError when a user's method file changed since the run began: the run's copy, or the original."""
         for label, facts in self.provenance.get("own_methods", {}).items():
             kept = self.path / f"{label}.py"
             for path in (kept, Path(facts["file"])):
                 if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
-                    cure = "Put the old one back" + (f" ({kept} is a copy)" if path != kept else "")
+                    cure = "Restore the old file" + (f" ({kept} is a copy)" if path != kept else "")
                     raise RecipeError(
-                        f"{path} is not the file that {self.path} began with", hint=f"{cure}, or start a new run."
+                        f"{path} has changed since {self.path} began", hint=f"{cure}, or start a new run."
                     )
 
     def check_free(self) -> None:
@@ -128,19 +128,20 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """The folder for this process alone. Raises LockedError when another writes into it.
+        """Lock the folder for this process. Raises LockedError when another process writes to it.
 
-        An interruption outside the engine's loop, which saves for itself, says how to go on.
+        A KeyboardInterrupt outside the training loop, which saves by itself, becomes an InterruptedRun with the command
+        that continues.
         """
         with contextlib.ExitStack() as stack:
-            distributed.on_rank0(lambda: stack.enter_context(lock.hold(self.path)))  # one rank writes for all
+            distributed.on_rank0(lambda: stack.enter_context(lock.hold(self.path)))  # only rank 0 writes
             try:
                 yield
             except KeyboardInterrupt:
                 if not self.begun:
                     raise
                 raise InterruptedRun(
-                    f"interrupted; what {self.path} holds is whole",
+                    f"interrupted; every file in {self.path} is complete",
                     hint=f"Continue with: kdcli {self.kind} --resume {self.path}",
                 ) from None
 
@@ -155,7 +156,7 @@ class Run:
         append_line(self.path / "metrics.jsonl", json.dumps(row))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows so far; a last line cut off by a crash is left out."""
+        """All rows so far, without a last line that a crash cut off."""
         path = self.path / "metrics.jsonl"
         rows = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -164,7 +165,7 @@ class Run:
         return rows
 
     def forget_after(self, epochs: int) -> None:
-        """Drop the rows of epochs that a resumed run will do again."""
+        """Drop the rows of epochs that a resumed run will train again."""
         rows = [row for row in self.metrics() if row["epoch"] <= epochs]
         if (self.path / "metrics.jsonl").is_file():
             write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -176,12 +177,8 @@ class Run:
         """
         import torch
 
-        def write(temporary: Path) -> None:
-            torch.save(state, temporary)
-            seal(temporary)
-
         last, previous = (self.path / name for name in CHECKPOINTS)
-        write_atomic(last, write, before=previous)
+        write_atomic(last, lambda temporary: torch.save(state, temporary), before=previous)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The newest good checkpoint, on the CPU; when that is not last.ckpt, its "notice" says why.
@@ -198,12 +195,12 @@ class Run:
             state, _ = _read(previous)
             if state is not None:
                 os.replace(previous, last)  # a broken file must not take the place of the only good one
-                return {**state, "notice": f"{wrong}; going on from the one before it, previous.ckpt"}
-            wrong += f"; nor is {previous.name} a good one"
+                return {**state, "notice": f"{wrong}; continuing from the one before it, previous.ckpt"}
+            wrong += f"; {previous.name} is not valid either"
         raise WeightsError(wrong, hint="Start it again without --resume, with another --out.")
 
     def forget_previous(self) -> None:
-        """Remove the checkpoint before the last, which a finished run has no use for."""
+        """Remove previous.ckpt, which a finished run does not need."""
         (self.path / CHECKPOINTS[1]).unlink(missing_ok=True)
 
     def size(self) -> int:
@@ -226,7 +223,7 @@ def new(student: str, method: str, out: Path | None = None) -> Run:
 
 
 def every() -> list[Run]:
-    """All runs under runs/, the oldest first; the learners of a compare are listed inside theirs, not here."""
+    """All runs under runs/, oldest first, without the learners of a compare, whose folders are inside the compare's."""
     runs: dict[tuple[int, str, str], Run] = {}
     for path in ROOT.glob("*/provenance.json"):
         run = Run(path.parent)
@@ -240,7 +237,7 @@ def every() -> list[Run]:
 
 
 def find(name: str | None, *, learner: bool = True) -> Run:
-    """A run by path or name, or the newest under runs/; a compare stands for the learner its recipe names.
+    """A run by path or name, or the newest under runs/; a compare is represented by the learner that its recipe names.
 
     Raises RecipeError (exit 2) when there is none or it is not known.
     """
@@ -258,8 +255,8 @@ def find(name: str | None, *, learner: bool = True) -> Run:
         hits = [Run(path) for path in tries if (path / "provenance.json").is_file()]
         if not hits and any((path / lock.NAME).is_file() for path in tries):
             raise RecipeError(
-                f"{name} was stopped before anything of it was written",
-                hint="Nothing is lost: type the command that began it again.",
+                f"{name} was stopped before it wrote anything",
+                hint="Nothing is lost: start it again with the same command.",
             )
         if not hits:
             known = [run.name for run in every()]
@@ -297,7 +294,7 @@ def provenance(kind: str, recipe: Recipe, **facts: Any) -> dict[str, Any]:
 
 
 def _number(path: Path) -> int:
-    """A run's place in the order of starting; 0 where its provenance does not say."""
+    """A run's place in the order of starting; 0 if its provenance has none."""
     try:
         return int(_json(path).get("number", 0))
     except RecipeError:
@@ -308,17 +305,17 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     """A checkpoint, or None and what is wrong with it."""
     import torch
 
-    if not sealed(path):
+    if not is_whole_zip(path):
         return None, f"{path} is truncated or not a kdcli checkpoint"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # torch raises half a dozen kinds, some without a word
+    except Exception as error:  # torch raises half a dozen types, some without a message
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return None, f"{path} is not a kdcli checkpoint: {reason}"
     if not isinstance(state, dict) or not {"epoch", "batch", "learners"} <= state.keys():
-        return None, f"{path} is not a kdcli checkpoint: it does not say where the run stood"
+        return None, f"{path} is not a kdcli checkpoint: its position is missing"
     return state, ""
 
 

@@ -33,21 +33,11 @@ def quickstart(recipe: Recipe, seeds: list[int], device: torch.device, follow: F
     folder = distill.run_folder(out, recipe, "quickstart")
     quickstart_mentors.train(recipe, device, follow)
     found = compare.compare(recipe, METHODS, seeds, device, follow, out=str(folder.path))
-    runs = {name: Run(folder.path / f"{name}-{seeds[0]}") for name in (compare.CONTROL, "classroom")}  # never the best
+    learners = {"control": compare.CONTROL, "student": "classroom"}
+    runs = {role: Run(folder.path / f"{name}-{seeds[0]}") for role, name in learners.items()}  # never the best seed
     data = groups.data_of(recipe, device)
-    members = {
-        "teacher": build_classroom(recipe, data, device).mentors[0],  # those that trained may be in half precision
-        "control": student_of(runs[compare.CONTROL]),
-        "student": student_of(runs["classroom"]),
-    }
-    facts = {"dataset": data.name, "classes": json.dumps(data.classes)}
-    sources = {"control": {"run": str(runs[compare.CONTROL].path)}, "student": {"run": str(runs["classroom"].path)}}
-    shipped = ship(
-        members,
-        data,
-        TASKS[recipe.task](len(data.classes)),
-        folder.path,
-        {role: facts | sources.get(role, {}) for role in members},
-    )
+    teacher = build_classroom(recipe, data, device).mentors[0]  # the one used in training may be in half precision
+    members = {"teacher": teacher, **{role: student_of(run) for role, run in runs.items()}}
+    shipped = ship(members, data, TASKS[recipe.task](len(data.classes)), folder.path, runs)
     files.write_text(folder.path / "shipping.json", json.dumps([row.json() for row in shipped], indent=1))
     return Outcome(folder, found, shipped)

@@ -29,7 +29,7 @@ def opened(**over: object) -> tuple[Mentors, Stream]:
     return bank_build.open_mentors(room, config), Stream(room.data, 8, seed=0, device=CUDA)
 
 
-@pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}, {"classroom.bank_pooled": True}], ids=str)
+@pytest.mark.parametrize("over", [{}, {"classroom.bank_pooled": True}], ids=str)
 def test_resident_and_host_banks_answer_alike_without_waiting(over: dict[str, object]) -> None:
     mentors, stream = opened(**over)
     assert all(bank.resident is not None and bank.resident.is_cuda for bank in mentors.banks)
