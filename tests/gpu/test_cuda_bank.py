@@ -10,7 +10,7 @@ from kdcli.data import Stream
 from kdcli.mentors import bank_build, bank_files
 from kdcli.mentors.bank import Bank
 from kdcli.mentors.mentors import Mentors
-from kdcli.workflows import distill
+from kdcli.workflows import groups
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 CUDA = torch.device("cuda")
@@ -25,7 +25,7 @@ def _zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(**over: object) -> tuple[Mentors, Stream]:
     config = kit.recipe("aver", **{"classroom.bank": True, **over})
-    _, room = distill.open_room(config, CUDA)
+    room = groups.open_classroom(config, CUDA)
     return bank_build.open_mentors(room, config), Stream(room.data, 8, seed=0, device=CUDA)
 
 

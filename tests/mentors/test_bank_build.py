@@ -31,7 +31,7 @@ from kdcli.recipe import Recipe
 from kdcli.training import checks
 from kdcli.training.run import Run
 from kdcli.training.session import Notice
-from kdcli.workflows import check, compare, distill
+from kdcli.workflows import check, compare, groups
 
 BANKED = {"classroom.bank": True}
 
@@ -127,7 +127,7 @@ def test_cold_warm_and_half_filled_runs_end_with_the_same_bits(tmp_path: Path, o
     full = {path: (path / "checks.bin").read_bytes() for path in bank_files.every()}
     warm = kit.session(config, tmp_path / "warm")
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
     assert warm.run.metrics() == cold.metrics()
     assert {path: (path / "checks.bin").read_bytes() for path in bank_files.every()} == full
@@ -150,14 +150,14 @@ def test_a_bank_in_device_memory_ends_with_the_same_bits(tmp_path: Path) -> None
     half = kit.session(banked(), tmp_path / "half")
     for bank in half.mentors.banks:
         bank.load_to(kit.CPU)
-    kit.drive(distill.go(half))
+    kit.drive(groups.go(half))
     assert kit.same(weights_of(half.run), weights_of(cold))
     warm = kit.session(banked(), tmp_path / "warm")
     silence(warm.mentors)
     for bank in warm.mentors.banks:
         bank.load_to(kit.CPU)
         bank.table, bank.checks = torch.empty(0), bank.checks  # the file is not looked at again
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
 
 
@@ -165,8 +165,8 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, witho
     config = banked(**{"train.epochs": 3, "train.ema": 0.9})
     stopped = kit.session(config, tmp_path / "run")
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(stopped), kit.at(2, 3, lambda _: raise_signal(signal.SIGTERM)))
-    kit.drive(distill.go(kit.session(config, tmp_path / "run", resume=True), resume=True))
+        kit.drive(groups.go(stopped), kit.at(2, 3, lambda _: raise_signal(signal.SIGTERM)))
+    kit.drive(groups.go(kit.session(config, tmp_path / "run", resume=True), resume=True))
     warm = kit.trained(config, tmp_path / "warm")
     assert kit.same(weights_of(Run(tmp_path / "run")), weights_of(warm))
     without_banks()
@@ -209,7 +209,7 @@ def test_a_run_killed_while_it_writes_to_a_bank_ends_with_the_same_bits(
     assert victim.exitcode == -signal.SIGKILL
     again = kit.session(config, tmp_path / "run", resume=True)
     assert 0 < share(again.mentors.banks[0]) < 1
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert again.mentors.bank_warnings() == []  # what had no checksum was not there, not damaged
     without_banks()
     assert kit.same(weights_of(again.run), weights_of(kit.trained(config, tmp_path / "whole")))
@@ -230,7 +230,7 @@ def test_two_processes_fill_one_bank_at_once(tmp_path: Path) -> None:
         assert 0 < filled < rows
     warm = kit.session(config, tmp_path / "warm")
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(Run(tmp_path / "0")))
 
 
@@ -240,13 +240,13 @@ def test_two_processes_fill_one_bank_at_once(tmp_path: Path) -> None:
 def test_damaged_records_are_computed_again_and_reported(tmp_path: Path) -> None:
     first = kit.session(banked(), tmp_path / "cold")
     cold = first.run
-    assert not [event for event in kit.drive(distill.go(first)) if isinstance(event, Notice)]
+    assert not [event for event in kit.drive(groups.go(first)) if isinstance(event, Notice)]
     path = of_mentor("cifar_resnet14")
     file = path / "answers.bin"
     file.write_bytes(bytes(b ^ 0x55 for b in file.read_bytes()))
     met = share(Bank(path))
     again = kit.session(banked(), tmp_path / "again")
-    told = [event.text for event in kit.drive(distill.go(again)) if isinstance(event, Notice)]
+    told = [event.text for event in kit.drive(groups.go(again)) if isinstance(event, Notice)]
     assert kit.same(weights_of(again.run), weights_of(cold))
     bank = Bank(path)
     count = round(met * bank.rows)
@@ -254,7 +254,7 @@ def test_damaged_records_are_computed_again_and_reported(tmp_path: Path) -> None
     assert [*bank.verify()][-1][2] == 0
     warm = kit.session(banked(), tmp_path / "warm")
     silence(warm.mentors)
-    assert not [event for event in kit.drive(distill.go(warm)) if isinstance(event, Notice)]
+    assert not [event for event in kit.drive(groups.go(warm)) if isinstance(event, Notice)]
 
 
 def test_a_bank_that_is_no_longer_true_is_refused(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_bank_of_a_lower_precision_is_trusted_within_that_precision(tmp_path: 
     warm = kit.session(config, tmp_path / "warm")
     assert all(len(bank.sample(64)) > 50 for bank in warm.mentors.banks)
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
 
 
@@ -309,7 +309,7 @@ def test_a_mentor_that_answers_beyond_float16_is_named(tmp_path: Path) -> None:
     assert isinstance(head, nn.Linear)
     head.weight.data.mul_(1e7)
     with pytest.raises(DataError, match="mentor cifar_resnet14 gave outputs that float16 cannot hold"):
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
 
 
 # --- which bank -------------------------------------------------------------------------------------------------------
@@ -317,18 +317,17 @@ def test_a_mentor_that_answers_beyond_float16_is_named(tmp_path: Path) -> None:
 
 def test_methods_seeds_and_commands_share_one_bank(tmp_path: Path) -> None:
     config = banked()
-    room = kit.classroom(config)
-    first = compare.open_session(config, ["aver", "classroom"], [0, 1], room, Run(tmp_path / "compare"))
-    compare.start(first, room, config, ["aver", "classroom"], [0, 1])
-    kit.drive(compare.go(first))
+    kit.compared(config, tmp_path / "compare", ["aver", "classroom"], [0, 1])
     assert len(bank_files.every()) == 2
-    again = compare.open_session(config, ["kd", "aver"], [5], room, Run(tmp_path / "other"))
-    compare.start(again, room, config, ["kd", "aver"], [5])
-    silence(again.mentors)
-    kit.drive(compare.go(again))
+
+    def silent(classroom: Classroom, events: Any, label: str) -> None:
+        silence(kit.session_of(events).mentors)
+        kit.drive(events)
+
+    compare.compare(config, ["kd", "aver"], [5], kit.CPU, silent, out=str(tmp_path / "other"))
     alone = kit.session(banked("aver", **{"train.seed": 1}), tmp_path / "alone")
     silence(alone.mentors)
-    kit.drive(distill.go(alone))
+    kit.drive(groups.go(alone))
     assert kit.same(weights_of(alone.run), weights_of(Run(tmp_path / "compare" / "aver-1")))
     assert len(bank_files.every()) == 2
 
@@ -401,7 +400,7 @@ def test_the_same_mentor_twice_is_banked_once(tmp_path: Path) -> None:
     assert [member.name for member in opened.mentors.members] == ["cifar_resnet14", "cifar_resnet14#2", "cifar_resnet8"]
     assert len(bank_files.every()) == 2
     assert opened.mentors.banks[0] is opened.mentors.banks[1]
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     out = stacked(opened.mentors, next(opened.stream.epoch(0)))
     assert out[0].equal(out[1])
     assert not out[0].equal(out[2])
@@ -426,7 +425,7 @@ def test_limited_views_of_an_uncountable_augmentation_are_banked(tmp_path: Path)
     assert share(bank) > 0.8
     warm = kit.session(config.with_(**{"data.seed": 0}), tmp_path / "warm")
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
 
 
@@ -508,11 +507,11 @@ def test_banks_are_noted_and_in_the_provenance(tmp_path: Path) -> None:
 
 
 def test_check_says_what_banks_take_and_makes_none() -> None:
-    found = check.look(banked(), kit.CPU, 10)
-    assert any(word.startswith("banks: 2 of ") and ", 0 there" in word for word in found.words)
+    found = check.check(banked(), kit.CPU, 10)
+    assert any(word.startswith("banks: 2 of ") and ", 0 exist" in word for word in found.facts)
     assert bank_files.every() == []
     with pytest.raises(RecipeError, match="too many views of an image"):
-        check.look(banked(**{"data.augment": "cutout"}), kit.CPU, 10)
+        check.check(banked(**{"data.augment": "cutout"}), kit.CPU, 10)
 
 
 # --- filling ahead ----------------------------------------------------------------------------------------------------
@@ -541,7 +540,7 @@ def test_a_built_bank_holds_every_view_and_a_second_building_asks_nobody(tmp_pat
     assert [*mended.banks[0].verify()][-1] == (bank.rows, bank.rows, 0)
     warm = kit.session(config, tmp_path / "run")
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
 
 
 def test_a_bank_built_for_some_epochs_holds_what_a_run_of_them_meets(
@@ -553,7 +552,7 @@ def test_a_bank_built_for_some_epochs_holds_what_a_run_of_them_meets(
     warm = kit.session(config, tmp_path / "run")
     assert 0 < share(warm.mentors.banks[0]) < 0.2
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     without_banks()
     kit.trained(config, tmp_path / "cold")
     assert {path.name: (path / "checks.bin").read_bytes() for path in bank_files.every()} == whole
@@ -694,7 +693,7 @@ def test_mentors_of_several_classes_an_image_are_banked(tmp_path: Path, classes:
     out = stacked(warm.mentors, batch)[0]
     assert out.shape == (8, classes)
     assert (out - live).abs().max() <= 2**-10 * live.abs().max() + 1e-4
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
     assert {path.name for path in bank_files.every()} == {warm.mentors.banks[0].id}
 

@@ -21,7 +21,7 @@ from kdcli.models.class_map import map_classes
 from kdcli.models.member import Member
 from kdcli.models.net import ModelName, Net
 from kdcli.recipe import ClassroomConfig
-from kdcli.workflows import distill
+from kdcli.workflows import groups
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +240,7 @@ def test_the_same_network_twice_gets_a_number() -> None:
         kit.recipe("aver", **{"classroom.teacher": same, "classroom.peers": [same, kit.MENTORS[1], same]})
     )
     assert [mentor.name for mentor in room.mentors] == [same, f"{same}#2", kit.MENTORS[1], f"{same}#3"]
-    assert len(distill.facts_of(room)["mentors"]) == 4
+    assert len(groups.facts_of(room)["mentors"]) == 4
 
 
 def test_a_classroom_needs_names() -> None:
@@ -262,7 +262,7 @@ def test_an_untrained_mentor_is_refused_with_the_command_that_trains_it() -> Non
 
 
 def test_no_mentor_is_loaded_where_none_is_wanted() -> None:
-    room = distill.open_room(kit.recipe("nokd", **{"classroom.teacher": "cifar_resnet20"}), kit.CPU, mentors=False)[1]
+    room = groups.open_classroom(kit.recipe("nokd", **{"classroom.teacher": "cifar_resnet20"}), kit.CPU, mentors=False)
     assert room.mentors == []
 
 
