@@ -1,9 +1,12 @@
-"""What the command line's tests share: commands run in this process, mentors that need no training, small pictures."""
+"""What the command line's tests share: commands run in this process, mentors that need no training, small images."""
 
 import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ STUDENT, TEACHER, PEER = "cifar_resnet10_xxs", "cifar_resnet14", "cifar_resnet8"
 CLASSROOM = ("--teacher", TEACHER, "--peers", PEER, "--student", STUDENT, "--data", "digits")
 TINY = ("--epochs", "1", "--set", "data.per_class=5", "--set", "train.batch_size=16")
 """Four updates on fifty digits."""
+OWN = ("error: ", "warning: ", "run ", "a rank died")
+"""How kdcli begins a line on standard error; in a process of its own, other packages write there too."""
 
 
 @dataclass
@@ -36,6 +41,11 @@ class Said:
     def json(self) -> Any:
         """Standard output as JSON: fails when anything else is there."""
         return json.loads(self.out)
+
+    @property
+    def own(self) -> list[str]:
+        """The lines of standard error that kdcli began: what another package warns of is not looked at."""
+        return [line for line in self.err.splitlines() if line.startswith(OWN)]
 
     @property
     def next(self) -> str:
@@ -63,26 +73,26 @@ def add_mentors(*specs: str, data: str = "digits", image_size: int = 16, fit: bo
 
     The head is the least-squares answer over the random network's own features: a real, if modest, classifier.
     """
-    pictures = open_data(DataConfig(name=data, image_size=image_size, augment="none" if data == "digits" else "auto"))
-    k = len(pictures.classes)
+    data_set = open_data(DataConfig(name=data, image_size=image_size, augment="none" if data == "digits" else "auto"))
+    k = len(data_set.classes)
     for spec in specs:
         torch.manual_seed(0)
         name = registry.resolve(spec)
         net = registry.create(name, k).module.eval()
         if fit:
-            _fit_head(net, pictures)
+            _fit_head(net, data_set)
         card = Card(
-            name=f"{name.arch} on {data}", architecture=name.full, dataset=data, data_hash=pictures.hash, num_classes=k,
-            classes=pictures.classes, image_size=image_size, mean=pictures.mean, std=pictures.std, origin="a test",
+            name=f"{name.arch} on {data}", architecture=name.full, dataset=data, data_hash=data_set.hash, num_classes=k,
+            classes=data_set.classes, image_size=image_size, mean=data_set.mean, std=data_set.std, origin="a test",
         )  # fmt: skip
         cards.add(net.state_dict(), card)
 
 
 @torch.no_grad()
-def _fit_head(net: Any, pictures: Any) -> None:
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (pictures.mean, pictures.std))
+def _fit_head(net: Any, data_set: Any) -> None:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data_set.mean, data_set.std))
     rows, target = [], []
-    for batch in pictures.train.plain(256, torch.device("cpu")):
+    for batch in data_set.train.plain(256, torch.device("cpu")):
         rows.append(net.forward_head(net.forward_features((batch.images - mean) / std), pre_logits=True))
         target.append(batch.target)
     x, y = torch.cat(rows), torch.nn.functional.one_hot(torch.cat(target)).float()
@@ -96,7 +106,7 @@ def _fit_head(net: Any, pictures: Any) -> None:
 def picture_folder(
     root: Path, classes: tuple[str, ...], *, train: int = 8, val: int = 4, size: int = 32, ending: str = "jpg"
 ) -> Path:
-    """train/ and val/ of small pictures of noise around a colour that tells the class."""
+    """train/ and val/ of small images: noise around a colour that depends on the class."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("val", val)):
         for n, name in enumerate(classes):
@@ -110,3 +120,39 @@ def picture_folder(
 def environment(**more: str) -> dict[str, str]:
     """The environment for a kdcli in a process of its own."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+class Started(subprocess.Popen[str]):
+    """A kdcli in a process of its own, as a user has it, killed at the end of a `with` block if it is still there.
+
+    What it says goes to files: in a pipe that nobody empties yet, a talkative package would halt it for ever.
+    """
+
+    def __init__(self, *args: object, module: tuple[str, ...] = ("kdcli",), **options: Any) -> None:
+        self.files = [tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") for _ in range(2)]  # noqa: SIM115
+        root = str(Path(__file__).resolve().parents[1])
+        super().__init__(
+            [sys.executable, "-m", *module, *map(str, args)],
+            env=environment(PYTHONPATH=os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))),
+            stdout=self.files[0],
+            stderr=self.files[1],
+            text=True,
+            **options,
+        )
+
+    def __exit__(self, *args: Any) -> None:
+        self.kill()
+        super().__exit__(*args)
+
+    def said(self, timeout: float) -> Said:
+        """Wait for its end; what it printed and how it left."""
+        try:
+            code = self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still there after {timeout} s: {self.printed()}") from None
+        return Said(code, *self.printed())
+
+    def printed(self) -> tuple[str, ...]:
+        """Standard output and error so far."""
+        return tuple(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in self.files)

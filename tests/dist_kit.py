@@ -18,7 +18,7 @@ from kdcli.methods.base import Lesson, Method, Phase, Terms
 from kdcli.recipe import DataConfig, Recipe
 from kdcli.system import distributed, shards
 from kdcli.training.evaluate import outputs
-from kdcli.workflows import distill
+from kdcli.workflows import groups
 
 TIMEOUT = 240.0
 NORM_FREE = "timm:test_nfnet@none"
@@ -70,11 +70,11 @@ def recipe(name: str) -> Recipe:
 def trained(name: str, folder: Path) -> dict[str, Any]:
     """What one training came to, as this rank has it."""
     config = recipe(name)
-    room = distill.open_room(config, kit.CPU)[1]
+    room = groups.open_classroom(config, kit.CPU)
     run = distributed.on_rank0(lambda: kit.Run(folder))
-    session = distill.open_session({config.method.name: config}, room, run, {config.method.name: run})
-    distill.start(session, "distill", room)
-    kit.drive(distill.go(session))
+    session = groups.open_session({config.method.name: config}, room, run, {config.method.name: run})
+    groups.start(session, "distill", room)
+    kit.drive(groups.go(session))
     learner = session.learners[0]
     test = open_data(DataConfig(name="digits", image_size=8)).test
     state = learner.state()
@@ -107,17 +107,17 @@ def in_ranks(folder: Path, world: int = 2) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    words = [folder / f"rank-{rank}.txt" for rank in range(world)]
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)],
             env=environment(rank, world, port),
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=word.open("w"),  # a pipe would fill up, and its rank stop, while the first is waited for
         )
-        for rank in range(world)
+        for rank, word in enumerate(words)
     ]
-    said = [process.communicate(timeout=TIMEOUT)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world, "\n".join(said)
+    codes = [process.wait(TIMEOUT) for process in ranks]
+    assert codes == [0] * world, "\n".join(word.read_text() for word in words)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
 
 

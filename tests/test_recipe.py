@@ -140,6 +140,12 @@ def test_an_unknown_recipe_names_the_nearest():
     assert "recipes ls" in error.hint
 
 
+def test_the_results_among_the_recipes_are_not_a_recipe():
+    assert "RESULTS" not in recipe.names()
+    for name in ("RESULTS", "RESULTS.md"):
+        assert f"no recipe called '{name}'" in refused(name).message
+
+
 # --- extends
 
 

@@ -1,4 +1,4 @@
-"""kdcli runs: what was trained here."""
+"""kdcli runs: list, show and remove what was trained here."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ app = typer.Typer(no_args_is_help=True, help="The runs under runs/: list, show, 
 
 @app.command("ls", epilog="Examples:\n\nkdcli runs ls\n\nkdcli runs ls --json")
 def ls(json: o.Json = False) -> None:
-    """List the runs, the oldest first."""
+    """List the runs, oldest first."""
     from kdcli.cli import tables
     from kdcli.training import run as runs
 
@@ -28,7 +28,7 @@ def ls(json: o.Json = False) -> None:
         tables.as_json(found)
         return
     if not found:
-        tables.console.print("no runs here yet")
+        tables.console.print("no runs under runs/ yet")
         tables.next_line("kdcli quickstart")
         return
     rows = [
@@ -44,7 +44,7 @@ def ls(json: o.Json = False) -> None:
 
 @app.command("show", epilog="Examples:\n\nkdcli runs show\n\nkdcli runs show runs/my-run --json")
 def show_run(run: o.RunName = None, json: o.Json = False) -> None:
-    """Show a run: where it comes from and its last metrics."""
+    """Show a run: its origin and its last metrics."""
     from kdcli.cli import tables
     from kdcli.training import run as runs
 
@@ -65,10 +65,10 @@ def show_run(run: o.RunName = None, json: o.Json = False) -> None:
     tables.table([found.name, ""], lines, left=2)
     if found.kind == "compare":
         if found.finished:
-            from kdcli.cli.compare import show_comparison
-            from kdcli.workflows import compare
+            from kdcli.cli.compare import show
+            from kdcli.workflows.compare import summarise
 
-            show_comparison(compare.summarise(found))
+            show(summarise(found))
     elif rows:
         tables.table(["last epoch", ""], [[key, f"{value:.4g}"] for key, value in rows[-1].items()])
     verb = "compare" if found.kind == "compare" else "train" if found.kind == "train" else "distill"
@@ -80,7 +80,7 @@ def show_run(run: o.RunName = None, json: o.Json = False) -> None:
 @app.command("rm", epilog="Examples:\n\nkdcli runs rm my-run\n\nkdcli runs rm my-run --yes")
 def rm(
     run: Annotated[str, typer.Argument(help="A run's folder or name.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """Remove a run's folder."""
     from kdcli.cli import tables

@@ -1,4 +1,4 @@
-"""A batch: images with their targets, each named so that it can be drawn again; and its share on one of several ranks."""
+"""A batch: images with targets, each named so that it can be drawn again; and its share on one of several ranks."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """Targets and indices of a whole batch, of which each of several ranks holds some images.
+    """Targets and indices of a whole batch whose images are divided among ranks.
 
     It may be a micro-batch: rows `at` to `at + len(index)` of a batch of `size`.
     """
@@ -39,7 +39,7 @@ class Batch:
         after mixup.
     index: [B] int64, each sample's number in its full set.
     view: [B] int64, the name of its augmented reading; -1 for the plain image.
-    host: index and view on the CPU where they are at hand, to be read without waiting for a device.
+    host: index and view on the CPU where available, to be read without waiting for a device.
     whole: targets and indices of the global batch; None on a single rank.
     strong: [B, 3, H, W] each sample's strong view; None unless a method needs two views.
     """
@@ -72,13 +72,13 @@ class Batch:
         """Rows `start` to `end` of the global batch, or this rank's share of them."""
         if start == 0 and end >= len(self.global_batch.index):
             return self
-        whole, own = self.whole, slice(start, end)
+        whole, rows = self.whole, slice(start, end)
         if whole is not None:
-            whole = replace(whole, target=whole.target[own], index=whole.index[own], at=start)
-            own = whole.layout.own
-        cut = {name: getattr(self, name)[own] for name in ("images", "target", "index", "view")}
-        host = None if self.host is None else (self.host[0][own], self.host[1][own])
-        return replace(self, **cut, host=host, whole=whole, strong=None if self.strong is None else self.strong[own])
+            whole = replace(whole, target=whole.target[rows], index=whole.index[rows], at=start)
+            rows = whole.layout.own
+        cut = {name: getattr(self, name)[rows] for name in ("images", "target", "index", "view")}
+        host = None if self.host is None else (self.host[0][rows], self.host[1][rows])
+        return replace(self, **cut, host=host, whole=whole, strong=None if self.strong is None else self.strong[rows])
 
     def share(self, mirrored: bool) -> "Batch":
         """This rank's share: `images` holds its rows already, the other fields those of the global batch."""
@@ -89,13 +89,13 @@ class Batch:
         target, index, view = (x.index_select(0, rows) for x in (self.target, self.index, self.view))
         host = self.host
         if host is not None:
-            own = shards.ranks_of_rows(len(host[0]), mirrored) == distributed.rank()
-            host = host[0][own], host[1][own]
+            here = shards.ranks_of_rows(len(host[0]), mirrored) == distributed.rank()
+            host = host[0][here], host[1][here]
         return replace(self, target=target, index=index, view=view, host=host, whole=whole)
 
 
 def moved(x: Tensor, device: Device) -> Tensor:
-    """`x` on `device`. Only copies to CUDA are asynchronous: on the way back, values might be read before they arrive."""
+    """`x` on `device`. Only copies to CUDA are asynchronous: in the other direction values could be read too early."""
     towards = torch.device(device).type == "cuda"
     if towards and x.device.type == "cpu":
         x = x.pin_memory()  # from memory that may be paged out, a copy waits for the steps before it

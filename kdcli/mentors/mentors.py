@@ -21,9 +21,9 @@ from kdcli.models.outputs import Output
 from kdcli.system.cuda_graph import Captured
 
 FIXED_BATCH = 16  # images per forward pass on a CPU where outputs are stored: other counts change the last bits
-COMPILE_PAYS = 1e14  # multiply-adds left: an hour or so on one core, of which compiling saves some minutes
+COMPILE_PAYS = 1e14  # multiply-adds left: about an hour on one core, of which compiling saves some minutes
 MOST_AHEAD = 16  # batches in one look-ahead, at most
-WORTH = 0.95  # of the time of single batches; a smaller gain is noise
+WORTH = 0.95  # a longer look-ahead must take at most this share of the time; a smaller gain is noise
 
 Tree = TypeVar("Tree")
 
@@ -47,17 +47,17 @@ class Answers:
 class Mentors:
     """Frozen networks that answer every batch once, for all learners.
 
-    They run in inference mode at `precision` (see `Frozen`) and answer in float32. On a CPU the batch is split over
-    `workers` threads (default: torch's number), each on one core: frozen networks in eval mode treat images one by one,
+    They run in inference mode at `precision` (see `Frozen`) and return float32. On a CPU the batch is split over
+    `workers` threads (default: torch's number), each on one core: networks in eval mode process every image by itself,
     and threads that do not synchronise within a layer are faster.
 
-    banks: one for each member; outputs are read from there and computed only where they are missing. What is returned
-        was rounded as the bank rounds in any case.
+    banks: one for each member, or none. Outputs are read from there and computed only if missing; both are rounded to
+        float16.
     needs: what learners read besides logits: pooled vectors (which banks may hold), maps (which need live networks).
     logits_only: some learners need only logits; they get the batch-norm-folded networks, the others get `unfused`
         outputs with features.
-    ahead: batches per look-ahead in `answer_ahead`, without banks; 0 until that is decided.
-    cuda_graph: capture the pass of all mentors as one CUDA graph (logits only, without banks).
+    ahead: batches per look-ahead in `answer_ahead`, without banks; 0: not chosen yet.
+    cuda_graph: capture the forward passes of all mentors as one CUDA graph (logits only, without banks).
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Mentors:
         self.unfused = None
         if logits_only and self.needs and not banks:
             self.unfused, self.needs = Mentors(members, precision, device, workers=workers, needs=needs), NOTHING
-        if needs & {"maps", "pre"}:  # they fill the memory that look-ahead would take
+        if needs & {"maps", "pre"}:  # they take the memory that a look-ahead needs
             self.ahead = 1
         self.frozen = [Frozen(member, precision, device, needs=self.needs) for member in members]
         if workers is None:
@@ -89,7 +89,7 @@ class Mentors:
         self._captured = Captured(self._stack) if graphed else None
 
     def answer(self, batch: Batch) -> Answers:
-        """All mentors' outputs in float32; none in a classroom without mentors."""
+        """All mentors' outputs in float32; an empty list in a classroom without mentors."""
         if not self.members:
             return Answers([])
         found = Answers(self._banked(batch)) if self.banks else self._live(batch.images)
@@ -123,7 +123,7 @@ class Mentors:
         return {one.member.name: why for one, why in zip(chosen, reasons, strict=True) if why}
 
     def measure_ahead(self, batches: list[Batch]) -> int:
-        """The fastest look-ahead: doubled as long as that gains, measured on these batches."""
+        """The fastest look-ahead, measured on these batches: doubled as long as that is faster."""
         best, ahead = self._seconds(batches[:1]), 1
         while 2 * ahead <= min(len(batches), MOST_AHEAD):
             seconds = self._seconds(batches[: 2 * ahead])
@@ -133,7 +133,7 @@ class Mentors:
         return ahead
 
     def _seconds(self, batches: list[Batch]) -> float:
-        """Seconds per batch, the better of two passes after one to warm up."""
+        """Seconds per batch: the faster of two passes after a warm-up."""
         images, times = torch.cat([batch.images for batch in batches]), []
         for _ in range(3):
             began = time.perf_counter()
@@ -175,28 +175,24 @@ class Mentors:
     def _banked(self, batch: Batch) -> list[Output]:
         """Read what the banks have, compute the rest and store it; nothing waits for the device."""
         rows = self.banks[0].rows_of(*batch.on_host())  # one training set: its rows are the same in every bank
-        there = moved(rows.clamp(min=0), self.device)
-        found = [bank.read(rows, there) for bank in self.banks]
-        lacking: dict[bytes, list[int]] = {}  # mostly all banks lack the same rows, which are computed together
-        for n, (_, known) in enumerate(found):
-            if not bool(known.all()):
-                lacking.setdefault(known.numpy().tobytes(), []).append(n)
-        for which in lacking.values():
+        rows_there = moved(rows.clamp(min=0), self.device)
+        found = [bank.read(rows, rows_there) for bank in self.banks]
+        missing: dict[bytes, list[int]] = {}  # mostly the same rows in every bank, whose mentors then run together
+        for n, (_, valid) in enumerate(found):
+            if not bool(valid.all()):
+                missing.setdefault(valid.numpy().tobytes(), []).append(n)
+        for which in missing.values():
             at = (~found[which[0]][1]).nonzero()[:, 0]
-            here = moved(at, self.device)
-            images, target = batch.images.index_select(0, here), batch.target.index_select(0, here)
-            for n, output in zip(which, self.run_fixed_batch(images, which), strict=True):
-                pooled = output.vectors if output.pooled is not None else None
-                records = self.banks[n].record.pack(output.out, pooled, target)
+            there = moved(at, self.device)
+            outputs = self.run_fixed_batch(batch.images.index_select(0, there), which)
+            for n, output in zip(which, outputs, strict=True):
+                records = self.banks[n].record.pack(output.out, output.pooled)
                 self.banks[n].put(rows[at], records)
-                found[n][0].index_copy_(0, here, records)
-        return [
-            Output(*bank.record.unpack(records, batch.target))
-            for bank, (records, _) in zip(self.banks, found, strict=True)
-        ]
+                found[n][0].index_copy_(0, there, records)
+        return [Output(*bank.record.unpack(records)) for bank, (records, _) in zip(self.banks, found, strict=True)]
 
     def flush(self) -> None:
-        """Write what the banks still hold on the device."""
+        """Write records that wait on the device to the banks' files."""
         for bank in self.banks:
             bank.flush()
 

@@ -13,7 +13,7 @@ from kdcli.methods import pairing
 from kdcli.methods.base import Lesson, Method, Need, Phase, Positive, SetupContext, Temperature, Terms, Weight
 from kdcli.models import layers
 from kdcli.models.member import Member
-from kdcli.models.split import Rest
+from kdcli.models.split import Tail
 
 
 class EBKD(Method):
@@ -71,7 +71,7 @@ class CAMKD(Method):
 
     def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         self.projectors = nn.ModuleList()
-        self.rests: list[Rest] = []
+        self.rests: list[Tail] = []
         if not self.feature:
             return
         assert lesson is not None
@@ -160,14 +160,14 @@ def _projector(cin: int, cout: int, *, wide: bool) -> nn.Module:
     )
 
 
-def _rest(mentor: Member, map_: Float[Tensor, "B C H W"]) -> Rest:
+def _rest(mentor: Member, map_: Float[Tensor, "B C H W"]) -> Tail:
     """The mentor's layers after its last map: pooling and classifier, and what may come before those.
 
     Raises RecipeError if they take more than the last map.
     """
     try:
         stages = [stage for stage in mentor.taps() if stage.startswith("stage")]
-        return Rest(mentor.net, mentor.head, mentor.input_size, mentor.name, stages[-1])
+        return Tail(mentor.net, mentor.head, mentor.input_size, mentor.name, stages[-1])
     except RecipeError as error:
         raise RecipeError(
             f"method.feature: the classifier of {mentor.name} reads more than its last map "

@@ -18,7 +18,7 @@ from kdcli.methods import pairing
 from kdcli.methods.base import Count, Lesson, Method, Need, Phase, SetupContext, Temperature, Terms
 from kdcli.models import layers
 from kdcli.models.member import Member
-from kdcli.models.split import Rest
+from kdcli.models.split import Tail
 from kdcli.system import device as devices
 
 Many = Annotated[int, Field(ge=2)]
@@ -71,9 +71,9 @@ class Cohort(Method):
         self.tap = [*stages][-2] if split == "auto" else pairing.tap(stages, split, "the student", "split")
         self.precision, _ = devices.precision(context.train.precision, context.device, frozen=False)  # the student's
         self.copies = nn.ModuleList(members)
-        self.rests: list[Rest] = []
+        self.rests: list[Tail] = []
         for member in members:
-            rest = Rest(member.net, member.head, member.input_size, member.name, self.tap)
+            rest = Tail(member.net, member.head, member.input_size, member.name, self.tap)
             rest.share_beginning(context.student.net)
             self.rests.append(rest)
 
@@ -282,7 +282,7 @@ class FFL(Cohort):
     def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         super().setup(context, lesson)
         assert lesson is not None
-        if not all(rest.tells_last for rest in self.rests):
+        if not all(rest.has_last_map for rest in self.rests):
             raise RecipeError(
                 f"method.form: the branches of {context.student.name} do not return their last map, which is fused",
                 hint="--set method.form=networks",

@@ -1,33 +1,32 @@
-"""Which of a mentor's classes are the data's: by WordNet id, by name, or as a recipe says."""
+"""Which of a mentor's outputs are the data's classes: by WordNet id, by name, or by the recipe's table."""
 
 import torch
 from torch import Tensor
 
 from kdcli.errors import WeightsError
-from kdcli.models.registry import ModelName, Net
+from kdcli.models.data import Data
+from kdcli.models.net import ModelName, Net
 
 ClassMap = str | dict[str, str | int]
-"""`off`, `auto`, or a table from the data's class to a mentor's class or its column."""
+"""`off`, `auto`, or a table from the data's class to a mentor's class or its column (counted from 0)."""
 
 
-def map_classes(
-    name: ModelName, net: Net, classes: list[str], wnids: list[str] | None, data_name: str, class_map: ClassMap
-) -> Tensor | None:
-    """For every class of the data its column in the mentor's output, or None where they agree.
+def map_classes(name: ModelName, net: Net, data: Data, class_map: ClassMap) -> Tensor | None:
+    """For every class of the data its column in the mentor's output [K], or None where the classes are the same.
 
-    Raises WeightsError when the counts differ and no map was asked for, or a class has no counterpart.
+    Raises WeightsError when the counts differ and the map is off, or a class has no counterpart.
     """
-    k = len(classes)
+    classes, wnids, k = data.classes, data.wnids, len(data.classes)
     if class_map == "off":
         if net.num_classes == k:
             return None
         raise WeightsError(
-            f"{name.full} answers {net.num_classes} classes, {data_name} has {k}",
+            f"{name.full} has {net.num_classes} classes, {data.name} has {k}",
             hint="`--set classroom.class_map=auto` matches classes by WordNet id or name; "
-            f"or train a mentor: `kdcli train --model {name.arch} --data {data_name}`.",
+            f"or train a mentor: `kdcli train --model {name.arch} --data {data.name}`.",
         )
     given = class_map if isinstance(class_map, dict) else {}
-    if net.num_classes == k:  # a mentor of these very classes next to one of other classes, for which the map is meant
+    if net.num_classes == k:  # perhaps the same classes: the map may be meant for another mentor
         labels = net.classes or net.wnids
         if labels is None and not any(isinstance(column, int) for column in given.values()):
             return None
@@ -51,13 +50,13 @@ def map_classes(
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise WeightsError(
-            f"{name.full}: no class of its {net.num_classes} is called {shown}",
-            hint='Say which: [classroom.class_map] with lines like "my class" = "golf ball", or a column number.',
+            f"{name.full}: none of its {net.num_classes} classes is called {shown}",
+            hint='Name them in [classroom.class_map]: lines like "my class" = "golf ball", or a column number.',
         )
     if len(set(columns)) < k:
         raise WeightsError(
-            f"{name.full}: two classes of {data_name} map to the same one of its classes",
-            hint="Give each its own in [classroom.class_map].",
+            f"{name.full}: two classes of {data.name} map to the same one of its classes",
+            hint="Give each a class of its own in [classroom.class_map].",
         )
     return torch.tensor(columns)
 

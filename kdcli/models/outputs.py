@@ -1,4 +1,4 @@
-"""What one model answers to one batch."""
+"""One model's answer to one batch."""
 
 from dataclasses import dataclass, fields
 
@@ -6,15 +6,15 @@ from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
 Maps = dict[str, Tensor]
-"""One model's intermediate maps [B, C, H, W] by tap: `stage1`, `stage2`, ... in order, and with `pre` also `stage1.pre`,
-...; a transformer's tokens come as a grid, without the class token."""
+"""One model's intermediate maps [B, C, H, W] by tap: `stage1`, `stage2` and so on, and with `pre` also `stage1.pre` and
+so on; a transformer's tokens are arranged as a grid, without the class token."""
 
 
 @dataclass
 class Output:
     """One model's answer to one batch; the batch is dimension 0 of every tensor.
 
-    out: what the task's losses take, logits [B, K].
+    out: the input of the task's losses, logits [B, K] for classes.
     pooled: penultimate vectors [B, D]; None unless a method needs them.
     maps: intermediate maps by tap; None unless a method needs them.
     strong: the same model's answer to the batch's strongly augmented view; None unless a method needs two views.
@@ -29,13 +29,13 @@ class Output:
 
     @property
     def vectors(self) -> Tensor:
-        """The penultimate vectors [B, D] in float32; a method that needs `pooled` never meets None."""
+        """The penultimate vectors [B, D] in float32; only for methods with the need `pooled`."""
         assert self.pooled is not None
         return self.pooled.float()
 
     @property
     def stages(self) -> Maps:
-        """The maps in float32 by tap, in order; a method that needs `maps` never meets None."""
+        """The maps in float32 by tap, in order; only for methods with the need `maps` or `pre`."""
         assert self.maps is not None
         return {name: x.float() for name, x in self.maps.items()}
 

@@ -5,116 +5,116 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from kdcli.errors import WeightsError, did_you_mean
 from kdcli.models import cards
 from kdcli.models.cards import Card
 from kdcli.models.checkpoint import class_cure, load_state, renamed
-from kdcli.models.registry import ModelName, create, has_pretrained, names_weights
+from kdcli.models.data import Data
+from kdcli.models.from_torchvision import names_weights
+from kdcli.models.net import ModelName
+from kdcli.models.registry import create_on_meta, pretrained_classes
 
 
 @dataclass(frozen=True)
 class Found:
     """The weights a network starts from."""
 
-    state: dict[str, Tensor] | None  # None: from scratch, or the library's own (`pretrained`)
-    origin: str  # what to print
+    state: dict[str, Tensor] | None  # None: initial weights, or the library's (`pretrained`)
+    origin: str  # to print
     num_classes: int | None  # of the weights' head; None: unknown, or there is no head yet
     card: Card | None
     pretrained: bool  # to be loaded by `registry.create(..., pretrained=True)`
 
 
 def choose(
-    name: ModelName,
-    *,
-    role: Literal["student", "mentor"],
-    data_hash: str,
-    num_classes: int,
-    data_name: str,
-    class_map: bool,
-    runs_dir: Path = Path("runs"),
+    name: ModelName, data: Data, role: Literal["student", "mentor"], *, mapped: bool = False, runs: Path = Path("runs")
 ) -> Found:
-    """Which weights a member of the classroom starts from (DESIGN section 3, "Names").
+    """Which weights a network of the classroom starts from (DESIGN section 3, "Names").
 
     `@path`, `@RUN`, `@RUN#epoch`, `@pretrained`, `@none`; left out, a student starts from scratch and a mentor takes
-    the zoo's newest for this data set, else the library's pretrained weights when the class count fits. With
-    `class_map` a mentor's class count may differ. Raises WeightsError (exit 3) with the cure.
+    the zoo's newest for this data set, else the library's pretrained weights when the class count fits.
+
+    mapped: a class map applies, so a mentor's class count may differ. runs: the folder of runs.
+    Raises WeightsError (exit 3) with the cure.
     """
-    asked = name.weights
-    if role == "student" and asked in (None, "none"):
+    given = name.weights
+    if role == "student" and given in (None, "none"):
         return Found(None, "from scratch", None, None, False)
-    if asked == "none":
+    if given == "none":
         raise WeightsError(
-            f"{name.typed}: a mentor without training teaches noise",
-            hint=f"Leave out @none, or train it first: kdcli train --model {name.arch} --data {data_name}",
+            f"{name.typed}: an untrained mentor would teach noise",
+            hint=f"Leave out @none, or train it first: kdcli train --model {name.arch} --data {data.name}",
         )
-    if asked == "pretrained" or names_weights(name):
-        return _pretrained(name, role, num_classes, data_name, class_map)
-    if asked is not None:
-        found = _from_file(name, asked, runs_dir)
+    if given == "pretrained" or names_weights(name):
+        return _pretrained(name, data, role, mapped)
+    if given is not None:
+        found = _named(name, given, runs)
     else:
-        card = cards.find(name.full, data_hash)
+        card = cards.find(name.full, data.hash)
         if card is None:
-            return _pretrained(name, role, num_classes, data_name, class_map)
+            return _pretrained(name, data, role, mapped)
         path = cards.weights_path(card)
         assert path is not None
-        found = _carded(name, path, card, f"zoo: {card.line()}")
-    if found.num_classes not in (None, num_classes) and not (class_map and role == "mentor"):
+        found = _with_card(name, path, card, f"zoo: {card.line()}")
+    if found.num_classes not in (None, len(data.classes)) and not (mapped and role == "mentor"):
         raise WeightsError(
-            f"{found.origin}: its head has {found.num_classes} classes, {data_name} has {num_classes}",
-            hint=class_cure(name.arch, data_name, role),
+            f"{found.origin}: its head has {found.num_classes} classes, {data.name} has {len(data.classes)}",
+            hint=class_cure(name.arch, data.name, role),
         )
     return found
 
 
-def _pretrained(name: ModelName, role: str, num_classes: int, data_name: str, class_map: bool) -> Found:
-    own = has_pretrained(name)
-    train = f"kdcli train --model {name.arch if name.source == 'zoo' else name.full} --data {data_name}"
-    asked = name.weights is not None
-    if own is None:
-        what = f"{name.full} has no pretrained weights" + ("" if asked else f", and the zoo none for {data_name}")
-        here = [c for c in cards.cards() if cards.weights_path(c) and c.dataset == data_name]
-        near = did_you_mean(name.arch, [c.architecture.rpartition(":")[2] for c in here]) if here and not asked else ""
+def _pretrained(name: ModelName, data: Data, role: str, mapped: bool) -> Found:
+    """The library's weights."""
+    trained, wanted = pretrained_classes(name), len(data.classes)
+    train = f"kdcli train --model {name.arch if name.source == 'zoo' else name.full} --data {data.name}"
+    if trained is None:
+        what, near = f"{name.full} has no pretrained weights", ""
+        if name.weights is None:
+            what += f", and the zoo has none for {data.name}"
+            usable = [card for card in cards.cards() if cards.weights_path(card) and card.dataset == data.name]
+            near = did_you_mean(name.arch, [c.architecture.rpartition(":")[2] for c in usable]) if usable else ""
         raise WeightsError(what, hint=f"Train it: {train}; or name a checkpoint: {name.arch}@PATH. {near}".strip())
     if role == "student":
-        head = "" if own == num_classes else f", a fresh head for {num_classes} classes"
-        return Found(None, f"{name.source}'s pretrained weights{head}", own or None, None, True)
-    if own == num_classes or (class_map and own):
-        return Found(None, f"{name.source}'s pretrained weights, {own} classes", own, None, True)
-    head = f"know {own} classes" if own else "have no head"
+        head = "" if trained == wanted else f", a fresh head for {wanted} classes"
+        return Found(None, f"{name.source}'s pretrained weights{head}", trained or None, None, True)
+    if trained == wanted or (mapped and trained):
+        return Found(None, f"{name.source}'s pretrained weights, {trained} classes", trained, None, True)
+    head = f"know {trained} classes" if trained else "have no head"
     cures = [f"Train it on your data: {train}", f"or name a checkpoint: {name.arch}@PATH"]
-    if own > num_classes:
+    if trained > wanted:
         cures.append("or use the classes they share: --set classroom.class_map=auto")
     raise WeightsError(
-        f"{name.full}: {name.source}'s pretrained weights {head}, {data_name} has {num_classes}", hint=", ".join(cures)
+        f"{name.full}: {name.source}'s pretrained weights {head}, {data.name} has {wanted}", hint=", ".join(cures)
     )
 
 
-def _from_file(name: ModelName, asked: str, runs_dir: Path) -> Found:
-    path = Path(asked).expanduser()
+def _named(name: ModelName, given: str, runs: Path) -> Found:
+    """What `@...` names: a file of weights, or a run and perhaps one of its epochs."""
+    path = Path(given).expanduser()
     if path.is_file():
-        told = path.with_suffix(".toml")
-        card = cards.read_card(told) if path.suffix == ".safetensors" and told.is_file() else cards.identify(path)
+        written = path.suffix == ".safetensors" and path.with_suffix(".toml").is_file()
+        card = cards.read_card(path.with_suffix(".toml")) if written else cards.identify(path)
         if card is None:
-            state = load_state(path)
-            return Found(state, str(path), _head_classes(name, state), None, False)
-        return _carded(name, path, card, f"{path}: {card.line()}")
-    run, _, epoch = asked.rpartition("#") if re.search(r"#\d+$", asked) else (asked, "", "")
-    folder = next((f for f in (Path(run).expanduser(), runs_dir / run) if f.is_dir()), None)
+            return _without_card(name, path, str(path))
+        return _with_card(name, path, card, f"{path}: {card.line()}")
+    run, _, epoch = given.rpartition("#") if re.search(r"#\d+$", given) else (given, "", "")
+    folder = next((f for f in (Path(run).expanduser(), runs / run) if f.is_dir()), None)
     if folder is None:
         if path.suffix or path.parent != Path("."):
-            load_state(path)  # says what is wrong with it
-        runs = [p.name for p in runs_dir.glob("*") if p.is_dir()] if runs_dir.is_dir() else []
+            load_state(path)  # raises, with what is wrong with the path
+        known = [p.name for p in runs.glob("*") if p.is_dir()] if runs.is_dir() else []
         raise WeightsError(
-            f"{name.typed}: {asked!r} is neither a file nor a run in {runs_dir}",
-            hint=did_you_mean(run, runs) or "`kdcli runs ls` lists the runs.",
+            f"{name.typed}: {given!r} is neither a file nor a run in {runs}",
+            hint=did_you_mean(run, known) or "`kdcli runs ls` lists the runs.",
         )
     return _from_run(name, folder, int(epoch) if epoch else None)
 
 
 def _from_run(name: ModelName, folder: Path, epoch: int | None) -> Found:
+    """A run's student, or the weights of an epoch that it kept."""
     last = folder / "student.safetensors"
     path = last if epoch is None else folder / f"epoch-{epoch:03d}.safetensors"
     if not path.is_file():
@@ -129,22 +129,18 @@ def _from_run(name: ModelName, folder: Path, epoch: int | None) -> Found:
             hint=f"`kdcli runs show {folder}` says how to continue it"
             + (f", or use an epoch it kept: @{folder}#{kept[-1]}" if kept else ""),
         )
-    told = path.with_suffix(".toml")
-    if told.is_file():
-        card = cards.read_card(told)
-        return _carded(name, path, card, f"run {folder.name}: {card.line()}")
-    whole = last.with_suffix(".toml")
-    card = None
-    if whole.is_file():  # an epoch kept without a card of its own: the run's says all but score and hash
-        card = cards.read_card(whole).model_copy(update={"epoch": epoch, "score": {}, "sha256": "", "file": path.name})
-    if card is not None:
-        return _carded(name, path, card, f"run {folder.name}: {card.line()}")
-    state = load_state(path)
-    return Found(state, f"run {folder.name}: {path.name}", _head_classes(name, state), None, False)
+    if path.with_suffix(".toml").is_file():
+        card = cards.read_card(path.with_suffix(".toml"))
+    elif last.with_suffix(".toml").is_file():  # an epoch without a card: the run's card, but for its score and hash
+        card = cards.read_card(last.with_suffix(".toml"))
+        card = card.model_copy(update={"epoch": epoch, "score": {}, "sha256": "", "file": path.name})
+    else:
+        return _without_card(name, path, f"run {folder.name}: {path.name}")
+    return _with_card(name, path, card, f"run {folder.name}: {card.line()}")
 
 
-def _carded(name: ModelName, path: Path, card: Card, origin: str) -> Found:
-    """Weights with a card: of this architecture, and the bytes the card was written for."""
+def _with_card(name: ModelName, path: Path, card: Card, origin: str) -> Found:
+    """Weights with a card, once the card's architecture and sha256 agree with the name and the file."""
     if not cards.same_architecture(name.full, card.architecture):
         right = card.architecture.removeprefix("zoo:")
         raise WeightsError(f"{path} is a {right}, not a {name.arch}", hint=f"Write {right}@{name.weights or path}")
@@ -156,17 +152,21 @@ def _carded(name: ModelName, path: Path, card: Card, origin: str) -> Found:
     return Found(load_state(path), origin, card.num_classes, card, False)
 
 
+def _without_card(name: ModelName, path: Path, origin: str) -> Found:
+    state = load_state(path)
+    return Found(state, origin, _head_classes(name, state), None, False)
+
+
 def _head_classes(name: ModelName, state: dict[str, Tensor]) -> int | None:
     """How many classes a checkpoint's head has, None when its tensors are not this architecture's.
 
-    The head is what changes with the class count: of a network built, without memory, for a count that is no width.
+    The head is what changes with the class count: the tensors whose first dimension, in a network built for an odd
+    number of classes, is that number.
     """
-    odd = 1237
-    try:
-        with torch.device("meta"):
-            own = create(name, odd).module.state_dict()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        own = create(name, odd).module.state_dict()
+    odd = 1237  # no layer of a known network is this wide
+    built = create_on_meta(name, odd).module.state_dict()
     given = renamed(name.arch, state)
-    heads = {given[k].shape[0] for k, v in own.items() if v.ndim and v.shape[0] == odd and k in given and given[k].ndim}
+    heads = {
+        given[k].shape[0] for k, v in built.items() if v.ndim and v.shape[0] == odd and k in given and given[k].ndim
+    }
     return heads.pop() if len(heads) == 1 else None

@@ -1,6 +1,6 @@
-"""Which rows of a batch, and of a split that is scored, belong to which rank, and how ranks' rows become one tensor again.
+"""Which rows of a batch, or of a split that is scored, belong to which rank; joining all ranks' rows again.
 
-On a single rank nothing here is needed: callers ask `distributed.alone()` first.
+On a single rank nothing here is needed: callers check `distributed.alone()` first.
 """
 
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ from kdcli.system import distributed
 class Layout:
     """Which rows of a (micro-)batch are on which rank."""
 
-    own: slice  # of this rank's rows of the whole batch, those in this micro-batch
+    own: slice  # this micro-batch's part of this rank's rows of the whole batch
     rows: Int[Tensor, " own"]  # their positions in the micro-batch
-    width: int  # the most rows that a rank has
-    fewest: int
-    order: Int[Tensor, " n"]  # of every row its position in all ranks' rows, each rank's padded to `width`
+    width: int  # rows of the rank that has the most
+    fewest: int  # rows of the rank that has the fewest
+    order: Int[Tensor, " n"]  # each row's position in the gathered rows, where every rank's are padded to `width`
 
 
 def ranks_of_rows(size: int, mirrored: bool) -> Int[Tensor, " size"]:
-    """The rank of each row of a batch, dealt in turn, so that every rank has a share of each micro-batch.
+    """The rank of each row of a batch, dealt round-robin, so that every rank has a share of each micro-batch.
 
-    `mirrored` gives rows i and -1-i to one rank: the two that mixup and cutmix mix.
+    `mirrored` gives rows i and -1-i, which mixup and cutmix mix, to the same rank.
     """
     row = torch.arange(size)
     return (torch.minimum(row, size - 1 - row) if mirrored else row) % distributed.world()
@@ -51,7 +51,7 @@ def layout(size: int, start: int, end: int, mirrored: bool, device: torch.device
 
 
 def own_rows(count: int, size: int, mirrored: bool) -> tuple[Tensor | slice, int]:
-    """This rank's rows of `count` rows in batches of `size`, and how many of them are in a full batch."""
+    """This rank's rows of `count` rows in batches of `size`, and the number of them in a full batch."""
     if distributed.alone():
         return slice(None), size
     batches = [torch.arange(at, min(at + size, count)) for at in range(0, count, size)]
@@ -60,10 +60,10 @@ def own_rows(count: int, size: int, mirrored: bool) -> tuple[Tensor | slice, int
 
 
 class Gather(torch.autograd.Function):
-    """`Gather.apply(layout, *tensors)`: all ranks' rows of each tensor, in the whole batch's order.
+    """`Gather.apply(layout, *tensors)`: all ranks' rows of each tensor, in the order of the whole batch.
 
-    The gradient that comes back is that of this rank's own rows, times the number of ranks: each rank holds the full
-    gradient of the whole loss with respect to its rows, and DistributedDataParallel's average would divide it.
+    Backward returns the gradient of this rank's rows times the number of ranks: every rank has the full gradient of the
+    whole loss with respect to its rows, and DistributedDataParallel's average will divide it.
     """
 
     @staticmethod
@@ -91,16 +91,16 @@ def all_gather_into(out: Tensor, rows: Tensor) -> None:
 
 
 def turns(count: int, size: int) -> list[Int[Tensor, " rows"]]:
-    """The rows of every rank when `count` rows in batches of `size` are dealt batch by batch."""
+    """The rows of every rank when batches of `size` out of `count` rows are dealt round-robin."""
     place = torch.arange(count)
     return [place[place // size % distributed.world() == one] for one in range(distributed.world())]
 
 
 def rejoin(out: list[Tensor], count: int, size: int) -> Float[Tensor, "count ..."]:
-    """All ranks' outputs [<=size, ...] to the batches that `turns` deals them, on the CPU, in the original order."""
+    """All ranks' outputs [<=size, ...] of the batches that `turns` gave them, on the CPU, in the original order."""
     if distributed.alone():
         return torch.cat(out)
-    shape = distributed.on_rank0(lambda: tuple(out[0].shape[1:]))  # a rank may have had no batch at all
+    shape = distributed.on_rank0(lambda: tuple(out[0].shape[1:]))  # a rank may have no batch at all
     rows = turns(count, size)
     width = max(map(len, rows))
     parts = _all_rows(torch.cat([torch.empty(0, *shape), *out]), width).split(width)

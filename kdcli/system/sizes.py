@@ -1,4 +1,4 @@
-"""Image sizes are (height, width) in pixels everywhere; a single number in a recipe, a card or a flag means a square."""
+"""Image sizes: (height, width) in pixels everywhere; one number in a recipe, a card or a flag means a square."""
 
 from collections.abc import Sequence
 

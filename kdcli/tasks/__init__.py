@@ -1,4 +1,4 @@
-"""What a student is asked to do: its losses, its mark, its metrics. A new task is a class of its own and one line here."""
+"""What a student is trained for: losses, mark and metrics. A new task is a class of its own and one line here."""
 
 from kdcli.tasks.base import Metric, Score, Task
 from kdcli.tasks.classify import Classify

@@ -49,6 +49,8 @@ class Task(Protocol):
     """The figures of a score, the primary one first."""
     output_name: ClassVar[str]
     """Name of the output in exported files."""
+    per_class: ClassVar[Metric]
+    """What `details` measures of each class."""
     mixable: ClassVar[bool]
     """Whether targets can be mixed by mixup and cutmix, and labels smoothed."""
 
@@ -90,7 +92,7 @@ class Task(Protocol):
         ...
 
     def same(self, a: Tensor, b: Tensor, tie: float = 0.0) -> Bool[Tensor, " B"]:
-        """Whether two models give an image the same answer; outputs of `a` within `tie` of each other count as equal."""
+        """Whether two models give an image the same answer; values of `a` within `tie` of each other count as equal."""
         ...
 
     def decode(self, out: Tensor) -> Tensor:
@@ -99,11 +101,6 @@ class Task(Protocol):
 
     def details(self, out: Tensor, target: Tensor) -> tuple[dict[str, float], Float[Tensor, " K"]]:
         """Further figures by name, and each class's own figure (not a number where the data has none)."""
-        ...
-
-    @property
-    def per_class(self) -> Metric:
-        """What `details` measures of each class."""
         ...
 
     @property

@@ -31,7 +31,7 @@ def check_method(method: Method, recipe: Recipe, data: DataSet, mentors: int) ->
         raise RecipeError(
             f"method {name} is for {' and '.join(sorted(method.tasks))}, not for task = {recipe.task!r}: its equation "
             "has a softmax over classes",
-            hint="Choose a method for every task, such as kd, aver or classroom; `kdcli check` lists what a method is for.",
+            hint="kd, aver and classroom are for every task; `kdcli check --method NAME` lists a method's tasks.",
         )
     if mentors < method.teachers:
         raise RecipeError(

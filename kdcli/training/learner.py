@@ -26,11 +26,12 @@ from kdcli.system import device as devices, distributed
 from kdcli.system.cuda_graph import Captured
 from kdcli.tasks import TASKS, Score, Task
 from kdcli.tasks.base import plain
-from kdcli.training import out_of_memory, schedule
+from kdcli.training import schedule
 from kdcli.training.checks import check_graph, check_method, check_task
 from kdcli.training.gather import all_rows
 from kdcli.training.meters import EpochMeter
 from kdcli.training.optim import make_optimizer
+from kdcli.training.out_of_memory import FEWEST, Snapshot, out_of_memory
 
 
 class Learner:
@@ -144,69 +145,72 @@ class Learner:
         Where memory runs out the step is repeated in micro-batches of half the size, for the rest of the run; returns
         what to report of that, or nothing. Raises OutOfMemory where that would change the loss, or is no help.
         """
-        notice = ""
-        images = len(batch.global_batch.index)
-        while not self._fits(images, lambda: self._step(batch, mentors, epoch, number, step)):
-            size = -(-images // self.accumulate)
-            if self.updating:
-                raise out_of_memory.refused(
-                    self.name, "in the optimizer's update", self.device,
-                    "--set train.optimizer=sgd keeps one number per weight, adamw two; or a smaller student.",
-                )  # fmt: skip
-            if self.needs_full_batch or size < 2 * out_of_memory.FEWEST or not distributed.alone():
-                couples = f" Method {self.recipe.method.label} couples the samples of a batch, so it cannot be split."
-                raise out_of_memory.refused(
-                    self.name, f"in a step of {images} images", self.device,
-                    f"--set train.batch_size={max(images // 2, 1)} or a smaller one."
-                    + (couples if self.needs_full_batch else ""),
-                )  # fmt: skip
-            self.accumulate *= 2
-            notice = (
-                f"{self.name}: out of memory, so batches of {images} are trained in {self.accumulate} micro-batches of "
-                f"{-(-images // self.accumulate)} from here on (train.accumulate = {self.accumulate}); gradients stay "
-                "those of the whole batch, batch-norm statistics are now the micro-batches'"
-            )
-        return notice
-
-    def _fits(self, images: int, do: Callable[[], object]) -> bool:
-        """Whether `do` had enough memory; if not, the learner is as it was before.
-
-        Statistics are saved only until a step of this size has fit, so that other steps need not copy them.
-        """
-        size = (self.phase_number, self.accumulate, images)
-        modules = [] if size in self.fitted else [*self.method.learners().values(), self.method]
-        values = out_of_memory.statistics(modules)
-        before, meter = [value.clone() for value in values], self.meter.state()
-        if not out_of_memory.ran_out(do):
-            self.fitted.add(size)
-            return True
-        if not self.updating:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.meter.load(meter, self.device)
-            out_of_memory.restore(values, before, self.device)
-        return False
-
-    def _step(self, batch: Batch, mentors: list[Output], epoch: int, number: int, step: int) -> None:
-        mentors = self._select(mentors)
-        since = (epoch - self.phase_start) * self.steps_per_epoch + number
-        schedule.set_lr(self.schedule, epoch - self.phase_start, since)
+        mentors, images, notice = self._select(mentors), len(batch.global_batch.index), ""
+        schedule.set_lr(
+            self.schedule, epoch - self.phase_start, (epoch - self.phase_start) * self.steps_per_epoch + number
+        )
         if self.config.cuda_graph:  # a captured update reads its rates from these tensors
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate.fill_(group["lr"])
-        _seed(_mix(self.config.seed, step, *distributed.seed_offset()), self.device)
-        self._seed_noise(step)
         self.now.fill_(step)
         self.step_number, self.at = step, epoch + number / self.steps_per_epoch
-        if self.captured is not None and self.accumulate == 1:  # what was captured has no micro-batches
-            leaves, self._spec = tree_flatten(((batch.images, batch.target, batch.index, batch.view), mentors))
-            self._present = [leaf is not None for leaf in leaves]
-            self.captured(*(leaf for leaf in leaves if leaf is not None))
-        else:
-            self._learn(batch, mentors)
-        if self.ema is not None:
-            self.ema.update(self.method.graduate(), step=step)
+        while True:
+            size = (self.phase_number, self.accumulate, images)
+            snapshot = None if size in self.fitted else Snapshot([*self.method.learners().values(), self.method])
+            meter = self.meter.state()
+            try:
+                _seed(_mix(self.config.seed, step, *distributed.seed_offset()), self.device)
+                self._seed_noise(step)
+                if self.captured is not None and self.accumulate == 1:  # what was captured has no micro-batches
+                    self._replay(batch, mentors)
+                else:
+                    self._learn(batch, mentors)
+                if self.ema is not None:
+                    self.ema.update(self.method.graduate(), step=step)
+                break
+            except RuntimeError as error:
+                if not devices.out_of_memory(error):
+                    raise
+            # after the except block, since the error keeps the failed step's tensors
+            notice = self._smaller(images, snapshot, meter)
+        self.fitted.add(size)
         self.meter.batches += 1
         self.updating = False
+        return notice
+
+    def _smaller(self, images: int, snapshot: Snapshot | None, meter: dict[str, Any]) -> str:
+        """After an out-of-memory error: undo the failed step and halve its micro-batches; returns what to report."""
+        size = -(-images // self.accumulate)
+        if self.updating:
+            what, cure = "in the optimizer's update", "--set train.optimizer=sgd keeps one number per weight, adamw two"
+            raise out_of_memory(self.name, what, self.device, f"{cure}; or a smaller student.")
+        if self.needs_full_batch or not distributed.alone():
+            couples = f" Method {self.recipe.method.label} couples the samples of a batch, so it cannot be split."
+            cure = f"--set train.batch_size={max(images // 2, 1)} or a smaller one."
+            what = f"in a step of {images} images"
+            raise out_of_memory(self.name, what, self.device, cure + (couples if self.needs_full_batch else ""))
+        if size < 2 * FEWEST:
+            cure = f"Not even {size} images fit: a smaller student or image size, or fewer mentors."
+            raise out_of_memory(self.name, f"in a step of {size} images", self.device, cure)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.load(meter, self.device)
+        if snapshot is not None:
+            snapshot.restore()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.accumulate *= 2
+        return (
+            f"{self.name}: out of memory, so batches of {images} are trained in {self.accumulate} micro-batches of "
+            f"{-(-images // self.accumulate)} from here on (train.accumulate = {self.accumulate}); gradients stay "
+            "those of the whole batch, batch-norm statistics are now the micro-batches'"
+        )
+
+    def _replay(self, batch: Batch, mentors: list[Output]) -> None:
+        """`_learn` as a CUDA graph, which takes and keeps tensors alone."""
+        assert self.captured is not None
+        leaves, self._spec = tree_flatten(((batch.images, batch.target, batch.index, batch.view), mentors))
+        self._present = [leaf is not None for leaf in leaves]
+        self.captured(*(leaf for leaf in leaves if leaf is not None))
 
     def _learn_leaves(self, *tensors: Tensor) -> None:
         """`_learn` of a batch's four tensors and the mentors' outputs, given as tensors alone."""

@@ -1,7 +1,6 @@
-"""When memory runs out in a step: undo it, so that it can be tried again in smaller parts, or say what does not fit."""
+"""When memory runs out in a step: what is undone before smaller parts are tried, and the error when nothing helps."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,32 +12,23 @@ FEWEST = 2  # images in a micro-batch, at least: batch norm needs two values a c
 Norm = nn.modules.batchnorm._NormBase
 
 
-def ran_out(do: Callable[[], Any]) -> bool:
-    """Whether `do` ran out of memory; other errors are raised."""
-    try:
-        do()
-    except RuntimeError as error:
-        if not devices.out_of_memory(error):
-            raise
-        return True  # and the error, which keeps the failed step's tensors, goes
-    return False
+class Snapshot:
+    """The running statistics of all batch norms of some modules, which a failed step has changed.
+
+    Taken only until a step of its size has fit, so that other steps need not copy them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        layers = (layer for module in modules for layer in module.modules() if isinstance(layer, Norm))
+        self.values: list[Tensor] = [buffer for layer in layers for buffer in layer.buffers()]
+        self.before = [value.clone() for value in self.values]
+
+    def restore(self) -> None:
+        for value, old in zip(self.values, self.before, strict=True):
+            value.copy_(old)
 
 
-def statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Running statistics of all batch norms: a failed step has changed them."""
-    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, Norm))
-    return [buffer for layer in layers for buffer in layer.buffers()]
-
-
-def restore(values: list[Tensor], before: list[Tensor], device: torch.device) -> None:
-    """Put the statistics back and give freed memory back to the device."""
-    for value, old in zip(values, before, strict=True):
-        value.copy_(old)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def refused(who: str, what: str, device: torch.device, hint: str) -> OutOfMemory:
+def out_of_memory(who: str, what: str, device: torch.device, hint: str) -> OutOfMemory:
     """The error that says what did not fit, and on which device."""
     total = ""
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from kdcli import recipe as recipes
 from kdcli.errors import InterruptedRun, RecipeError, WeightsError, did_you_mean
 from kdcli.recipe import Recipe
 from kdcli.system import distributed, lock, user_code
-from kdcli.system.files import append_line, remove_stale, seal, sealed, write_atomic, write_text
+from kdcli.system.files import append_line, is_whole_zip, remove_stale, write_atomic, write_text
 from kdcli.tasks import TASKS, Metric
 
 ROOT = Path("runs")
@@ -128,12 +128,13 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """The folder for this process alone. Raises LockedError when another writes into it.
+        """Lock the folder for this process. Raises LockedError when another process writes to it.
 
-        An interruption outside the engine's loop, which saves for itself, says how to go on.
+        Turns a KeyboardInterrupt outside the training loop (which saves by itself) into an InterruptedRun that says how
+        to continue.
         """
         with contextlib.ExitStack() as stack:
-            distributed.on_rank0(lambda: stack.enter_context(lock.hold(self.path)))  # one rank writes for all
+            distributed.on_rank0(lambda: stack.enter_context(lock.hold(self.path)))  # only rank 0 writes
             try:
                 yield
             except KeyboardInterrupt:
@@ -176,12 +177,8 @@ class Run:
         """
         import torch
 
-        def write(temporary: Path) -> None:
-            torch.save(state, temporary)
-            seal(temporary)
-
         last, previous = (self.path / name for name in CHECKPOINTS)
-        write_atomic(last, write, before=previous)
+        write_atomic(last, lambda temporary: torch.save(state, temporary), before=previous)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The newest good checkpoint, on the CPU; when that is not last.ckpt, its "notice" says why.
@@ -308,7 +305,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     """A checkpoint, or None and what is wrong with it."""
     import torch
 
-    if not sealed(path):
+    if not is_whole_zip(path):
         return None, f"{path} is truncated or not a kdcli checkpoint"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -81,7 +81,7 @@ def main() -> None:
     def kdcli(learner: Any, answers: Mentors) -> None:
         n = turn["n"] = turn["n"] + 1
         batch = given[n % len(given)]
-        learner.step(batch, answers.answer(batch), 0, n, n)
+        learner.step(batch, answers.answer(batch).outputs, 0, n, n)
 
     def other(step: Any) -> None:
         n = turn["n"] = turn["n"] + 1
@@ -103,8 +103,8 @@ def main() -> None:
     x = (first.images - mean) / std
     losses = {}
     fresh = kit.learner(classroom, "kd")
-    fresh.step(first, mentors.answer(first), 0, 0, 0)
-    losses["kdcli"] = sum(value for name, value in fresh.meter.means().items() if name.startswith("term/"))
+    fresh.step(first, mentors.answer(first).outputs, 0, 0, 0)
+    losses["kdcli"] = sum(fresh.meter.means("term/").values())
     for name, make in {"timm": timms, "torchdistill": torchdistills}.items():
         if (step := make(classroom.student(0).net.train(), teacher, device)) is not None:
             losses[name] = float(step(x, first.target))

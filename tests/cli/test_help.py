@@ -34,7 +34,7 @@ def test_help_of_every_command_ends_with_two_examples(path):
     assert f"Usage: kdcli {' '.join(path)}" in said.out
     after = said.out.partition("Examples:")[2]
     assert after.count(f"kdcli {' '.join(path)}") == 2
-    assert said.err == ""
+    assert said.own == []
 
 
 def test_help_names_every_command_and_imports_neither_torch_nor_timm(tmp_path):

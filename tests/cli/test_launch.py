@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,33 +33,21 @@ def _room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kit.add_mentors(kit.TEACHER, kit.PEER, image_size=8)
 
 
-def started(*args: object, module: tuple[str, ...] = ("kdcli",)) -> "subprocess.Popen[str]":
-    """A kdcli in a process of its own, as a user has it."""
-    root = str(Path(__file__).resolve().parents[2])
-    return subprocess.Popen(
-        [sys.executable, "-m", *module, *map(str, args)],
-        env=kit.environment(PYTHONPATH=root),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process: "subprocess.Popen[str]", code: int | None = 0) -> kit.Said:
-    out, err = process.communicate(timeout=SHORT_OF)
-    assert code is None or process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
-    return kit.Said(process.returncode, out, err)
+def ended(process: kit.Started, code: int | None = 0) -> kit.Said:
+    said = process.said(SHORT_OF)
+    assert code is None or said.code == code, f"exit {said.code}\n{said.out}\n{said.err}"
+    return said
 
 
 def ran(*args: object, code: int | None = 0, module: tuple[str, ...] = ("kdcli",)) -> kit.Said:
-    return ended(started(*args, module=module), code)
+    return ended(kit.Started(*args, module=module), code)
 
 
-def until(true: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+def until(true: Callable[[], object], process: kit.Started) -> None:
     """Wait for something that a running command does."""
     end = time.monotonic() + SHORT_OF
     while not true():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.printed()
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -87,7 +73,7 @@ def same(a: str, b: str) -> bool:
 
 def test_two_ranks_train_one_model_and_say_so_once() -> None:
     said = ran("train", "--model", kit.STUDENT, "--data", "digits", *QUICK, *RANKS, "--out", "run")
-    assert said.err == ""
+    assert said.own == []
     assert said.out.count("ranks 2 on 1 machine, gloo") == said.out.count("run run") == 1
     assert said.next.startswith(f"kdcli distill --teacher {kit.STUDENT}")
     run = Run(Path("run"))
@@ -121,7 +107,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int | str | Non
     """Leave as one rank of two, with a store that both share: how it ended and what it said."""
     board = td.HashStore()
     monkeypatch.setattr(distributed, "store", lambda: board)
-    monkeypatch.setattr(distributed, "expected", lambda: 2)
+    monkeypatch.setattr(distributed, "expected_ranks", lambda: 2)
     monkeypatch.setattr(launch, "GRACE", 0.1)
 
     def ended_itself(code: int) -> None:
@@ -185,7 +171,7 @@ def test_a_command_that_cannot_be_divided_is_refused(rank: Callable, monkeypatch
     monkeypatch.setenv("RANK", "0")
     launch.enter(["--debug", "distill"])
     launch.enter(["--help"])
-    with pytest.raises(RecipeError, match="kdcli export is the work of one process"):
+    with pytest.raises(RecipeError, match="kdcli export runs in one process"):
         launch.enter(["export", "--onnx"])
 
 
@@ -205,7 +191,7 @@ def test_more_gpus_than_there_are_is_a_usage_error(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_starts_all_again_and_ends_with_the_same_bits(victim: int) -> None:
     ran("distill", *kit.CLASSROOM, *LONG, *RANKS, "--out", "whole")
-    process = started("distill", *kit.CLASSROOM, *LONG, *RANKS, "--out", "run")
+    process = kit.Started("distill", *kit.CLASSROOM, *LONG, *RANKS, "--out", "run")
     until(lambda: epochs("run") >= 3, process)
     os.kill(rank_pids(process.pid)[victim], signal.SIGKILL)
     said = ended(process)
@@ -218,7 +204,7 @@ def test_a_killed_rank_starts_all_again_and_ends_with_the_same_bits(victim: int)
 @needs_proc
 @pytest.mark.slow
 def test_a_rank_killed_before_the_first_checkpoint_starts_anew() -> None:
-    process = started(
+    process = kit.Started(
         "distill", *kit.CLASSROOM, *QUICK, *RANKS, "--set", "data.per_class=100", "--set", "train.eval_every=2"
     )
     until(lambda: list(Path("runs").glob("*/provenance.json")) if Path("runs").is_dir() else False, process)
@@ -232,7 +218,7 @@ def test_a_rank_killed_before_the_first_checkpoint_starts_anew() -> None:
 @needs_proc
 @pytest.mark.slow
 def test_a_rank_that_always_dies_is_given_up_in_words() -> None:
-    process = started("distill", *kit.CLASSROOM, *LONG, *RANKS, "--out", "run")
+    process = kit.Started("distill", *kit.CLASSROOM, *LONG, *RANKS, "--out", "run")
     for deaths in range(4):
         seen: set[int] = set()
         until(lambda seen=seen: len(pids := rank_pids(process.pid)) == 2 and not seen.update(pids), process)
@@ -249,7 +235,7 @@ def test_a_rank_that_always_dies_is_given_up_in_words() -> None:
 @pytest.mark.parametrize(("number", "then"), [(signal.SIGTERM, ()), (signal.SIGINT, RANKS)], ids=["TERM", "INT"])
 def test_a_signal_to_the_launcher_leaves_a_run_that_any_number_of_ranks_resumes(number: int, then: tuple[str]) -> None:
     ran("distill", *kit.CLASSROOM, *LONG, *RANKS, "--out", "whole")
-    process = started("distill", *kit.CLASSROOM, *LONG, *RANKS, "--out", "run")
+    process = kit.Started("distill", *kit.CLASSROOM, *LONG, *RANKS, "--out", "run")
     until(lambda: epochs("run") >= 2, process)
     os.kill(process.pid, number)
     said = ended(process, 130)
@@ -269,7 +255,7 @@ def test_a_signal_to_the_launcher_leaves_a_run_that_any_number_of_ranks_resumes(
 
 @pytest.mark.slow
 def test_two_ranks_resume_what_one_began() -> None:
-    process = started("distill", *kit.CLASSROOM, *LONG, "--device", "cpu", "--out", "run")
+    process = kit.Started("distill", *kit.CLASSROOM, *LONG, "--device", "cpu", "--out", "run")
     until(lambda: epochs("run") >= 2, process)
     process.terminate()
     ended(process, 130)
@@ -298,7 +284,7 @@ def test_two_ranks_compare(independent: tuple[str, ...]) -> None:
 def test_a_rank_killed_in_a_compare_starts_all_again(independent: tuple[str, ...]) -> None:
     args = ("compare", *kit.CLASSROOM, *LONG, *RANKS, "--methods", "kd", "--seeds", "2", *independent)
     ran(*args, "--out", "whole")
-    process = started(*args, "--out", "run")
+    process = kit.Started(*args, "--out", "run")
     until(lambda: epochs("run/kd-1") >= 3, process)
     os.kill(rank_pids(process.pid)[0], signal.SIGKILL)
     said = ended(process)
@@ -318,9 +304,9 @@ def test_torchrun_does_the_same() -> None:
     assert same("run", "launched")
     assert said.out.count("Next: ") == 1
     said = ran(*args, "--gpus", "3", "--out", "other", module=torchrun, code=1)
-    assert said.err.count("--gpus 3: this process is one of 2 ranks already") == 1
+    assert said.err.count("--gpus 3: this process is already one of 2 ranks") == 1
     said = ran("models", "resnet", module=torchrun, code=1)
-    assert said.err.count("kdcli models is the work of one process") == 1
+    assert said.err.count("kdcli models runs in one process") == 1
 
 
 @needs_proc
@@ -328,7 +314,7 @@ def test_torchrun_does_the_same() -> None:
 def test_torchruns_own_restart_continues_the_run() -> None:
     args = ("distill", *kit.CLASSROOM, *LONG, "--device", "cpu")
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "kdcli")
-    process = started(*args, module=torchrun)
+    process = kit.Started(*args, module=torchrun)
     until(lambda: any(epochs(str(run)) >= 3 for run in Path("runs").glob("*")), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(max(map(int, children)), signal.SIGKILL)
@@ -344,7 +330,7 @@ def test_a_fault_that_one_rank_alone_meets_ends_all_with_its_word(tmp_path: Path
     pictures = kit.picture_folder(tmp_path / "pictures", ("dark", "light"), train=64, size=80)
     options = ("--data", f"folder:{pictures}", "--set", "data.image_size=72", "--set", "train.batch_size=16")
     more = ("--set", "data.workers=0", "--set", "data.augment=imagenet", "--epochs", "50")
-    process = started("train", "--model", kit.STUDENT, *options, *more, *RANKS, "--out", "run")
+    process = kit.Started("train", "--model", kit.STUDENT, *options, *more, *RANKS, "--out", "run")
     until(lambda: epochs("run") >= 1, process)
     (pictures / "train" / "dark" / "dark_7.jpg").write_bytes(b"no longer a picture")
     said = ended(process, 3)

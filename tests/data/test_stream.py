@@ -15,7 +15,7 @@ def data(npz):
 
 
 def same(a, b):
-    return all(getattr(a, k).equal(getattr(b, k)) for k in ("pixels", "target", "index", "view"))
+    return all(getattr(a, k).equal(getattr(b, k)) for k in ("images", "target", "index", "view"))
 
 
 def test_an_epoch_is_a_permutation_with_its_targets(data):
@@ -27,8 +27,8 @@ def test_an_epoch_is_a_permutation_with_its_targets(data):
     assert index.equal(stream.order(2))
     assert index.sort().values.equal(torch.arange(50))
     assert torch.cat([b.target for b in batches]).equal(data.train.targets[index])
-    assert batches[0].pixels.dtype == torch.float32
-    assert 0 <= batches[0].pixels.min() <= batches[0].pixels.max() <= 1
+    assert batches[0].images.dtype == torch.float32
+    assert 0 <= batches[0].images.min() <= batches[0].images.max() <= 1
     assert batches[0].target.dtype == batches[0].index.dtype == batches[0].view.dtype == torch.int64
 
 

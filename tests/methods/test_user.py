@@ -337,7 +337,7 @@ def test_a_stopped_run_does_not_go_on_with_another_file(here, which):
     stopped("distill", "--method", "my_file.py:Mine", *ROOM, path="part")
     (here / which).write_text(SOURCE.replace("4.0", "5.0"), encoding="utf-8")
     said = kdcli("distill", "--resume", "part", code=2)
-    assert "is not the file that part began with" in said.err
+    assert "has changed since part began" in said.err
     assert str(Path(which)) in said.err
     (here / which).write_text(SOURCE, encoding="utf-8")
     kdcli("distill", "--resume", "part")

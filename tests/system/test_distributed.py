@@ -14,9 +14,10 @@ from torch import nn
 from kdcli.cli import launch
 from kdcli.data import Batch, Stream, open_data
 from kdcli.errors import DataError, RecipeError
-from kdcli.models.outputs import Output
 from kdcli.recipe import DataConfig, TrainConfig
 from kdcli.system import device as devices, distributed, shards
+from kdcli.tasks import Classify
+from kdcli.training import checks
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_the_stream_of_all_ranks_is_the_stream_of_one(become: Any, world: int, m
             assert torch.equal(own.whole.target, batch.target)
             assert torch.equal(own.whole.index, batch.index)
             rows = [batch.index.tolist().index(i) for i in own.index.tolist()]
-            for name in ("pixels", "target", "view"):
+            for name in ("images", "target", "view"):
                 assert torch.equal(getattr(own, name), getattr(batch, name)[rows]), name
             assert (seen[n][rows] == -1).all()
             seen[n][rows] = rank
@@ -87,12 +88,12 @@ def test_micro_batches_are_those_of_the_whole_batch(become: Any, mirrored: bool)
         for rank in range(2):
             become(rank, 2)
             rows, few = shards.own_rows(10, 10, mirrored)
-            assert few == len(whole.pixels[rows])
-            own = Batch(whole.pixels[rows], whole.target, whole.index, whole.view)
-            part = shards.micro(own.share(mirrored), at, end)
-            assert part.names.index.tolist() == whole.index[at:end].tolist()
-            assert part.names.target.tolist() == whole.target[at:end].tolist()
-            assert torch.equal(part.images, whole.pixels[part.index - 20])
+            assert few == len(whole.images[rows])
+            own = Batch(whole.images[rows], whole.target, whole.index, whole.view)
+            part = own.share(mirrored).micro(at, end)
+            assert part.global_batch.index.tolist() == whole.index[at:end].tolist()
+            assert part.global_batch.target.tolist() == whole.target[at:end].tolist()
+            assert torch.equal(part.images, whole.images[part.index - 20])
             found += part.index.tolist()
         assert sorted(found) == whole.index[at:end].tolist()
 
@@ -105,7 +106,7 @@ def test_a_split_is_scored_in_the_batches_of_one_rank(become: Any, count: int) -
     found = []
     for rank in range(3):
         become(rank, 3)
-        found += [tuple(batch.index.tolist()) for batch in shards.own_batches(test, 50).plain(50)]
+        found += [tuple(batch.index.tolist()) for batch in test.subset(shards.turns(count, 50)[rank]).plain(50)]
     assert len(found) == len(alone)
     assert set(found) == alone
 
@@ -159,7 +160,6 @@ def test_synchronised_norms_keep_names_and_activations(become: Any, monkeypatch:
 
 
 def test_alone_everything_is_handed_back() -> None:
-    view = Output(torch.rand(2, 3))
     batch = Batch(torch.rand(2, 3, 4, 4), torch.zeros(2), torch.arange(2), torch.arange(2))
     layer = nn.Linear(2, 2)
     assert distributed.alone()
@@ -171,9 +171,9 @@ def test_alone_everything_is_handed_back() -> None:
         distributed.seed_offset(),
     ) == (0, 1, 1, 0, ())
     assert distributed.join(kit.CPU, 1) == kit.CPU
-    assert shards.whole(view, batch) is view
     assert batch.share(False) is batch
-    assert batch.names is batch
+    assert batch.global_batch is batch
+    assert batch.micro(0, 2) is batch
     assert distributed.data_parallel(layer, True) is layer
     assert distributed.on_rank0(lambda: 3) == distributed.local_rank0_first(lambda: 3) == 3
     assert distributed.any_rank(True)
@@ -190,12 +190,12 @@ def test_ranks_are_known_by_the_whole_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     assert distributed.expected_ranks() == 4
-    with pytest.raises(RecipeError, match="--gpus 2: this process is one of 4 ranks"):
+    with pytest.raises(RecipeError, match="--gpus 2: this process is already one of 4 ranks"):
         distributed.join(kit.CPU, 2)
     with pytest.raises(RecipeError, match="ranks compute on cuda or cpu"):
         distributed.join(torch.device("mps"))
     monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(RecipeError, match="rank 1 wants GPU 1 of its machine, which has 0"):
+    with pytest.raises(RecipeError, match="rank 1 needs GPU 1 of its machine, which has 0"):
         distributed.join(torch.device("cuda"))
 
 
@@ -275,7 +275,7 @@ def test_two_ranks_end_where_one_does(twice: list[dict[str, Any]], name: str, tm
 def test_machines_that_hold_other_files_are_told_apart(twice: list[dict[str, Any]]) -> None:
     for found in twice:
         assert found["unlike"].startswith("rank 1 on ")
-        assert "finds another teacher than rank 0 on" in found["unlike"]
+        assert "has another teacher than rank 0 on" in found["unlike"]
 
 
 def test_scores_of_two_ranks_are_those_of_one(twice: list[dict[str, Any]]) -> None:
@@ -284,13 +284,13 @@ def test_scores_of_two_ranks_are_those_of_one(twice: list[dict[str, Any]]) -> No
     student = kit.classroom(config).student(0)
     student.load_state_dict(twice[0]["batch norm"]["learners"])
     test = open_data(DataConfig(name="digits", image_size=8)).test
-    from kdcli.training.evaluate import answers, score_answers
+    from kdcli.training.evaluate import outputs, score_outputs
 
-    out = answers(student, test, kit.CPU, 50)
+    out = outputs(student, test, kit.CPU, 50)
     assert torch.equal(out, twice[0]["batch norm"]["answers"])
     logged = twice[0]["batch norm"]["rows"][-1]
-    found = score_answers(out, test.targets)
-    assert (logged["test/top1"], logged["test/top5"]) == (found.top1, found.top5)
+    found = score_outputs(out, test.targets, Classify(10))
+    assert (logged["test/top1"], logged["test/top5"]) == (found["top1"], found["top5"])
 
 
 def test_running_means_are_those_of_the_whole_batch(twice: list[dict[str, Any]], tmp_path: Path) -> None:
