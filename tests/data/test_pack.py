@@ -185,8 +185,7 @@ def test_a_stopped_run_is_not_continued_on_other_pixels(pets, tmp_path):
     kdcli("train", *args)
     run = Run(tmp_path / "run")
     assert run.recipe.train.lr == 0.02  # the folder's recipe
-    again = groups.open_classroom(run.recipe, torch.device("cpu"), mentors=False)
-    groups.check_unchanged(run, again)
+    groups.check_unchanged(run, groups.open_classroom(run.recipe, torch.device("cpu"), mentors=False))
     done.path.unlink()
     packed(pets, size=40, quality=30)
     with pytest.raises(WeightsError, match="other images"):
