@@ -24,7 +24,7 @@ from kdcli.training import evaluate, learner as learners, loop, run as runs
 from kdcli.training.learner import Learner
 from kdcli.training.run import Run
 from kdcli.training.session import EpochEnd, Notice, Session, Step
-from kdcli.workflows import distill
+from kdcli.workflows import groups
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def notices(events: list[Any]) -> list[str]:
 
 def stopped(session: Session, epoch: int, batch: int) -> Run:
     """Leave a training after a batch without a word, as a kill does."""
-    events = distill.go(session)
+    events = groups.go(session)
     for event in events:
         if isinstance(event, Step) and (event.epoch, event.batch) == (epoch, batch):
             break
@@ -48,7 +48,7 @@ def stopped(session: Session, epoch: int, batch: int) -> Run:
 
 def resumed(config: Any, run: Run) -> list[str]:
     """Resume to the end; what was said."""
-    return notices(kit.drive(distill.go(kit.session(config, run.path, resume=True), resume=True)))
+    return notices(kit.drive(groups.go(kit.session(config, run.path, resume=True), resume=True)))
 
 
 def same_outcome(one: Run, other: Run) -> bool:
@@ -302,7 +302,7 @@ def test_a_good_checkpoint_is_there_at_every_instant(tmp_path: Path, monkeypatch
         look(opened.run)
 
     monkeypatch.setattr(os, "replace", watched)
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert len(moments) > 12
     assert all(moments)
 
@@ -369,7 +369,7 @@ def test_checkpoints_within_an_epoch_change_nothing(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "checkpoint", told)
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     each = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)]
     assert stands == each
     assert same_outcome(opened.run, whole)
@@ -417,11 +417,11 @@ def test_the_scaler_of_fp16_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: real("cpu", init_scale=8.0, growth_interval=3))
     config = kit.recipe("aver", **{"train.checkpoint_minutes": 1e-9, "train.clip_grad": 1.0})
     whole = kit.session(config, tmp_path / "whole")
-    kit.drive(distill.go(whole))
+    kit.drive(groups.go(whole))
     run = stopped(kit.session(config, tmp_path / "run"), 2, 1)
     assert run.load_checkpoint()["learners"]["aver"]["trained"]["main"]["scaler"]["_growth_tracker"] == 2
     again = kit.session(config, run.path, resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert again.learners[0].scaler.state_dict() == whole.learners[0].scaler.state_dict()
     assert whole.learners[0].scaler.get_scale() == 32.0
     assert same_outcome(run, whole.run)
@@ -438,7 +438,7 @@ def test_resuming_what_diverged_says_that_it_will_again(tmp_path: Path) -> None:
         next(event.learners[0].student.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(DivergedError):
-        kit.drive(distill.go(opened), kit.at(2, 2, poison))
+        kit.drive(groups.go(opened), kit.at(2, 2, poison))
     assert "hard" in opened.run.provenance["diverged"]
     assert opened.run.load_checkpoint()["epoch"] == 1
     said = resumed(config, opened.run)
@@ -473,7 +473,7 @@ def test_a_batch_too_large_goes_through_in_halves_that_a_resumed_run_keeps(tmp_p
     opened = kit.session(config, tmp_path / "run")
     asked = short_of_memory(opened.learners[0], 2)
     events = []
-    for event in (driving := distill.go(opened)):
+    for event in (driving := groups.go(opened)):
         events.append(event)
         if isinstance(event, Step) and (event.epoch, event.batch) == (1, 3):
             driving.close()
@@ -485,7 +485,7 @@ def test_a_batch_too_large_goes_through_in_halves_that_a_resumed_run_keeps(tmp_p
     assert opened.run.provenance["accumulate"] == 4
     again = kit.session(config, opened.run.path, resume=True)
     asked = short_of_memory(again.learners[0], 2)
-    assert notices(kit.drive(distill.go(again, resume=True))) == []
+    assert notices(kit.drive(groups.go(again, resume=True))) == []
     assert max(asked) == 2
     assert same_outcome(opened.run, halves)  # not one number of the failed tries is left anywhere
 
@@ -494,7 +494,7 @@ def test_a_loss_over_whole_batches_is_not_halved(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("classroom"), tmp_path / "run")
     short_of_memory(opened.learners[0], 4)
     with pytest.raises(OutOfMemory, match=r"classroom: out of memory in a step of 8 images") as caught:
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert caught.value.exit_code == 3
     assert "train.batch_size=4" in caught.value.hint
     assert "couples the samples" in caught.value.hint
@@ -504,7 +504,7 @@ def test_two_images_are_the_least(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("aver"), tmp_path / "run")
     asked = short_of_memory(opened.learners[0], 0)
     with pytest.raises(OutOfMemory, match=r"aver: out of memory") as caught:
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert "Not even 2 images fit" in caught.value.hint
     assert min(asked) == 2
 
@@ -522,7 +522,7 @@ def test_an_update_that_has_begun_is_not_done_twice(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(opened.learners[0].optimizer, "step", out)
     with pytest.raises(OutOfMemory, match="in the optimizer's update") as caught:
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert "train.optimizer=sgd" in caught.value.hint
     assert len(calls) == 6
     assert opened.run.load_checkpoint()["epoch"] == 1
@@ -538,7 +538,7 @@ def test_mentors_without_memory_are_a_clear_error(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(opened.mentors, "answer", out)
     with pytest.raises(OutOfMemory, match="while the mentors answered 8 images") as caught:
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert "classroom.precision=bf16" in caught.value.hint
 
 
@@ -550,7 +550,7 @@ def test_other_faults_of_a_step_stay_what_they_are(tmp_path: Path, monkeypatch: 
 
     opened.learners[0]._forward = breaks
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert devices.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert devices.out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
     assert not devices.out_of_memory(MemoryError())
@@ -588,7 +588,7 @@ def test_a_step_that_fits_is_not_copied_for(tmp_path: Path, monkeypatch: pytest.
             super().__init__(modules)
 
     monkeypatch.setattr(learners, "Snapshot", Counted)
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert len(copied) == 2  # the first full batch and the first last one
 
 
