@@ -204,12 +204,11 @@ def data_parallel(module: nn.Module, learns: bool) -> nn.Module:
     if alone() or not learns:
         return module
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13 and newer
-    buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
-    return DistributedDataParallel(
-        module,
-        find_unused_parameters=True,  # also keeps the order of summation the same after a resume
-        **{buffers: False},  # `sync_stats_and_grads` averages them once per update
-    )
+    options: dict[str, Any] = {
+        "find_unused_parameters": True,  # also keeps the order of summation the same after a resume
+        "forward_sync_buffers" if renamed else "broadcast_buffers": False,  # `sync_stats_and_grads` averages them
+    }
+    return DistributedDataParallel(module, **options)
 
 
 @contextlib.contextmanager

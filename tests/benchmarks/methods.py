@@ -37,7 +37,7 @@ from kdcli.mentors.classroom import Classroom
 from kdcli.training.learner import Learner
 from kdcli.training.run import Run
 from kdcli.training.session import Session
-from kdcli.workflows import distill
+from kdcli.workflows import groups
 
 STUDENT, TEACHER, PEERS = "cifar_resnet8", "resnet20", ["resnet14", "resnet8"]
 IMAGES = 50_000  # CIFAR-100's training set: what memories are made for
@@ -104,7 +104,7 @@ class Way:
     def __init__(self, classroom: Classroom, name: str, phase: str | None, folder: Path) -> None:
         recipe = classroom.recipe.with_method(name)
         run = Run(folder / f"{name}-{phase}")
-        self.session: Session = distill.open_session({name: recipe}, classroom, run, {name: run}, set())
+        self.session: Session = groups.open_session({name: recipe}, classroom, run, {name: run}, set())
         self.learner = self.session.learners[0]
         starts = itertools.accumulate((each.epochs for each in self.learner.phases), initial=0)
         begins = [(each.name, start) for each, start in zip(self.learner.phases, starts, strict=False)]

@@ -177,7 +177,7 @@ def test_a_mentor_of_the_folder_is_found_for_the_pack(pets, monkeypatch, tmp_pat
 def test_a_stopped_run_is_not_continued_on_other_pixels(pets, tmp_path):
     from kdcli.errors import WeightsError
     from kdcli.training.run import Run
-    from kdcli.workflows import distill
+    from kdcli.workflows import groups
 
     done = packed(pets, size=40)
     args = ["--model", "cifar_resnet10_xxs", "--data", f"pack:{done.path}", "--epochs", "1", "--out", tmp_path / "run",
@@ -185,12 +185,12 @@ def test_a_stopped_run_is_not_continued_on_other_pixels(pets, tmp_path):
     kdcli("train", *args)
     run = Run(tmp_path / "run")
     assert run.recipe.train.lr == 0.02  # the folder's recipe
-    again = distill.open_room(run.recipe, torch.device("cpu"), mentors=False)[1]
-    distill.same_room(run, again)
+    again = groups.open_classroom(run.recipe, torch.device("cpu"), mentors=False)
+    groups.check_unchanged(run, again)
     done.path.unlink()
     packed(pets, size=40, quality=30)
     with pytest.raises(WeightsError, match="other images"):
-        distill.same_room(run, distill.open_room(run.recipe, torch.device("cpu"), mentors=False)[1])
+        groups.check_unchanged(run, groups.open_classroom(run.recipe, torch.device("cpu"), mentors=False))
 
 
 def test_corrupt_images_stop_it_or_are_left_out(pets, monkeypatch):

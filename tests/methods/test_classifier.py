@@ -220,7 +220,7 @@ def test_each_of_the_two_learns_from_the_other_detached():
 def test_shake_reads_the_last_three_maps_and_refuses_where_the_classifier_takes_others():
     assert Class(SHAKE(), "zoo", "wide").method.taps == ["stage1", "stage2", "stage3"]
     assert Class(SHAKE(), "zoo", "torchvision").method.taps == ["stage2", "stage3", "stage4"]
-    with pytest.raises(RecipeError, match="classifier takes 1024 numbers, and no map") as caught:
+    with pytest.raises(RecipeError, match="classifier of conv_headnet takes 1024 numbers, and no map") as caught:
         Class(SHAKE(), "zoo", "conv_head")
     assert "stage4 288x1x1" in caught.value.message
     assert "ResNet" in caught.value.hint

@@ -21,7 +21,7 @@ from kdcli.methods.disk import DiSK
 from kdcli.recipe import TrainConfig
 from kdcli.training import learner
 from kdcli.training.session import EpochEnd
-from kdcli.workflows import distill
+from kdcli.workflows import groups
 
 
 def room(batch: int = 6, epochs: int = 4, student: str = "zoo", teacher: Any = "wide", **options: Any) -> Class:
@@ -305,7 +305,7 @@ def test_turns_move_only_who_learns(tmp_path: Path, more: dict[str, Any]) -> Non
         if isinstance(event, EpochEnd):
             seen[event.epoch] = dict(zip(parts, states(*parts.values()), strict=True))
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert [name for name, _, _ in method.plan] == ["warm", "guide", "student", "guide", "student"]
     for epoch, (name, _, _) in enumerate(method.plan, 1):
         moved = {part for part in parts if not kit.same(seen[epoch][part], seen[epoch - 1][part])}
@@ -334,8 +334,8 @@ def test_turns_resume_to_the_bit(tmp_path: Path, at: tuple[int, int], more: dict
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(opened), kit.at(*at, stop))
-    kit.drive(distill.go(kit.session(config, opened.run.path, resume=True), resume=True))
+        kit.drive(groups.go(opened), kit.at(*at, stop))
+    kit.drive(groups.go(kit.session(config, opened.run.path, resume=True), resume=True))
     assert kit.same(kit.student(opened.run), kit.student(whole))
     assert opened.run.metrics() == whole.metrics()
 
@@ -352,7 +352,7 @@ def test_a_moving_average_teaches_without_a_mentor(tmp_path: Path) -> None:
         nets = (one.student, one.method.learners()["average"])
         weights.append(tuple(net.get_parameter("net.fc.weight").detach().clone() for net in nets))  # pyright: ignore
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert torch.equal(*weights[0])  # the guide's first epoch
     changed = 0
     for (_, last), (student, average) in itertools.pairwise(weights):

@@ -162,7 +162,7 @@ def test_aekd_weighs_by_the_shortest_mean_gradient():
 
 
 def test_aekd_refuses_a_bound_that_no_weights_can_keep():
-    with pytest.raises(RecipeError, match=r"method.C = 0.3: 3 teachers") as caught:
+    with pytest.raises(RecipeError, match=r"method\.C = 0\.3: the weights of 3 teachers") as caught:
         Several("aekd", C=0.3)
     assert "--set method.C=0.33" in caught.value.hint
     assert Several("aekd", C=0.34).terms()["mentors"].isfinite()

@@ -21,7 +21,7 @@ from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 from kdcli.training.evaluate import score
 from kdcli.training.student import student_of
-from kdcli.workflows import distill
+from kdcli.workflows import groups
 
 B = 6
 PHASE = Phase("main", 1, ("student",), TrainConfig())
@@ -95,7 +95,7 @@ def test_dml_is_the_mutual_loss_and_detaches_its_targets():
         one = Together("dml", variant=variant)
         given = one.lesson()
         grads.append(torch.autograd.grad(one.terms(given)["peers"], given.student.out)[0])
-    q, p = ((given.views[who].out / 3).softmax(-1) for who in ("student", "student2"))
+    q, p = ((given.outputs[who].out / 3).softmax(-1) for who in ("student", "student2"))
     assert torch.allclose(grads[0], 3 * (q - p) / B, atol=1e-5)
     assert not torch.allclose(grads[1], grads[0], atol=1e-3)
 
@@ -246,11 +246,11 @@ def test_a_stopped_training_ends_as_a_whole_one_and_ships_what_it_scored(name, o
         raise KeyboardInterrupt
 
     stopped = kit.session(config, tmp_path / "stopped")
-    events = distill.go(stopped)
+    events = groups.go(stopped)
     with pytest.raises((KeyboardInterrupt, InterruptedRun)):
         kit.drive(events, kit.at(2, 2, stop))
     again = kit.session(config, tmp_path / "stopped", resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert kit.same(kit.student(whole), kit.student(again.run))
     assert whole.metrics() == again.run.metrics()
     member = student_of(whole)

@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 from cli_kit import PEER, STUDENT, TINY, add_mentors, kdcli
+from export_kit import export
 from torch import nn
 
 from kdcli.errors import WeightsError
-from kdcli.export.onnx import OnnxModel, export_onnx
+from kdcli.export import open_file
 from kdcli.models import cards, checkpoint, graduates, registry
 from kdcli.models.build import from_card
 from kdcli.models.graduates import Graduate, Spec
 from kdcli.models.member import Member
 from kdcli.models.net import ModelName
 from kdcli.system.sizes import Size, pair
+from kdcli.tasks import Classify
 from kdcli.training.run import Run
 from kdcli.training.student import card, student_of
 
@@ -200,9 +202,9 @@ def test_any_student_graduates_and_ships(spec, size, tmp_path):
     torch.testing.assert_close(seen.out, member(pixels))
     torch.testing.assert_close(seen.vectors, list(seen.stages.values())[-1].mean((2, 3)))
     assert seen.vectors.shape == (3, 24)
-    done = export_onnx(again, pixels, tmp_path / "student.onnx", metadata={})
+    done = export(again, pixels, tmp_path / "student.onnx", Classify(10))
     assert done.agreement == 100
-    torch.testing.assert_close(OnnxModel(done.path)(pixels), member(pixels).detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(open_file(done.path)(pixels), member(pixels).detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_larger_map_is_pooled_to_any_size(tmp_path):
@@ -213,7 +215,7 @@ def test_a_larger_map_is_pooled_to_any_size(tmp_path):
     member, pixels = as_member(graduate, name, size), torch.rand(4, 3, *size)
     with torch.no_grad():
         assert graduate.forward_intermediates(member.read(pixels))[0].shape == (4, 24, 3, 3)
-    assert export_onnx(member, pixels, tmp_path / "student.onnx", metadata={}).max_difference < 1e-4
+    assert export(member, pixels, tmp_path / "student.onnx", Classify(10)).max_difference < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from kdcli.training import learner, loop, session as sessions
 from kdcli.training.meters import EpochMeter
 from kdcli.training.run import Run
 from kdcli.training.session import EpochEnd, Notice, Session, Step
-from kdcli.workflows import distill
+from kdcli.workflows import distill, groups
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def plain_loop(
     """The student of a control run as anybody would train it, and the moving average of its weights."""
     room = kit.classroom(config)
     member = room.student(config.train.seed)
-    stream = distill.open_session({"x": config}, room, Run(Path("unused")), {}).stream
+    stream = groups.open_session({"x": config}, room, Run(Path("unused")), {}).stream
     train = config.train
     optimizer = torch.optim.SGD(member.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=5e-4)
     average = {k: v.clone() for k, v in member.state_dict().items()}
@@ -127,7 +127,7 @@ def test_the_training_figures_are_means_over_images(tmp_path: Path) -> None:
     config = kit.recipe(**{"train.lr": 0.0, "train.weight_decay": 0.0, "train.epochs": 1})
     room = kit.classroom(config)
     member, right, losses = room.student(0).train(), 0, []
-    stream = distill.open_session({"x": config}, room, Run(tmp_path), {}).stream
+    stream = groups.open_session({"x": config}, room, Run(tmp_path), {}).stream
     for batch in stream.epoch(0):
         out = member(batch.images)
         right += int((out.argmax(-1) == batch.target).sum())
@@ -162,7 +162,7 @@ def test_no_step_counts_on_the_global_generator(tmp_path: Path) -> None:
     quiet = kit.trained(config, tmp_path / "quiet")
     torch.manual_seed(99)
     noisy = kit.session(config, tmp_path / "noisy")
-    kit.drive(distill.go(noisy), lambda event: torch.rand(3))
+    kit.drive(groups.go(noisy), lambda event: torch.rand(3))
     assert kit.same(kit.student(quiet), kit.student(noisy.run))
 
 
@@ -210,7 +210,7 @@ def poison(event: Any) -> None:
 def test_a_huge_rate_stops_the_run_and_says_where(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe(**{"train.lr": 1e20}), tmp_path / "run")
     with pytest.raises(DivergedError, match=r"nokd: .*'hard'.* at step [123] \(epoch 1\)") as caught:
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert caught.value.exit_code == 4
     assert "train.lr" in caught.value.hint
     assert not (tmp_path / "run" / "last.ckpt").exists()
@@ -222,12 +222,12 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_no_number(tmp_path: Pa
     straight = kit.trained(config, tmp_path / "straight")
     opened = kit.session(config, tmp_path / "run")
     with pytest.raises(DivergedError, match=r"classroom: .*'(hard|mentors)'.* at step 6 \(epoch 2\)"):
-        kit.drive(distill.go(opened), kit.at(2, 1, poison))
+        kit.drive(groups.go(opened), kit.at(2, 1, poison))
     state = opened.run.load_checkpoint()
     assert (state["epoch"], state["batch"]) == (1, 0)
     assert all(bool(torch.isfinite(v).all()) for v in state["learners"]["classroom"]["learners"]["student"].values())
     again = kit.session(config, tmp_path / "run", resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert kit.same(kit.student(again.run), kit.student(straight))
 
 
@@ -241,7 +241,7 @@ def test_an_update_that_ends_in_no_number_is_not_checkpointed(tmp_path: Path) ->
         learner.optimizer.step = lambda *_: poison(event)  # pyright: ignore
 
     with pytest.raises(DivergedError, match="weights stopped being finite"):
-        kit.drive(distill.go(opened), kit.at(2, 3, break_next_update))
+        kit.drive(groups.go(opened), kit.at(2, 3, break_next_update))
     assert opened.run.load_checkpoint()["epoch"] == 1
 
 
@@ -271,7 +271,7 @@ def test_the_held_out_slice_chooses_and_the_test_set_only_reports(
         if isinstance(event, EpochEnd):
             states[event.epoch] = kit.state(opened.learners[0])
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert kit.same(kit.student(opened.run), states[2])  # the first of the best two
     outcome = distill.result("nokd", opened.run)
     assert (outcome.epoch, outcome.value) == (2, 50.0)
@@ -285,7 +285,7 @@ def test_the_held_out_slice_chooses_and_the_test_set_only_reports(
 def test_without_a_held_out_slice_the_last_epoch_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = kit.session(kit.recipe(), tmp_path / "run")
     scripted(monkeypatch, opened, test=[80.0, 50.0], held=[])
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert kit.same(kit.student(opened.run), kit.state(opened.learners[0]))
     outcome = distill.result("nokd", opened.run)
     assert (outcome.epoch, outcome.value, outcome.last) == (2, 50.0, 50.0)
@@ -318,7 +318,7 @@ def test_kept_epochs_are_mentors_of_lesser_skill(tmp_path: Path) -> None:
         if isinstance(event, EpochEnd):
             states[event.epoch] = kit.state(opened.learners[0])
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     card = zoo.read_card(tmp_path / "run" / "epoch-002.toml")
     assert (card.epoch, card.architecture) == (2, "zoo:cifar_resnet10_xxs")
     assert card.value == round(opened.run.metrics()[1]["test/top1"], 4)
@@ -476,7 +476,7 @@ def test_a_phase_teaches_only_its_own_learners(tmp_path: Path) -> None:
             states[event.epoch] = (kit.state(learner), {k: v.clone() for k, v in guide.state_dict().items()})
             optimizers[event.epoch] = (type(learner.optimizer), learner.optimizer.param_groups[0]["lr"])
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert kit.same(states[1][0], states[0][0])  # the student waited, its batch statistics too
     assert not torch.equal(states[1][1]["0.weight"], states[0][1]["0.weight"])
     assert kit.same(states[3][1], states[1][1])  # then the guide did
@@ -492,14 +492,14 @@ def test_a_run_stopped_in_any_phase_ends_the_same(tmp_path: Path, where: tuple[i
     whole = kit.trained(kit.recipe("toy"), tmp_path / "whole")
     opened = kit.session(kit.recipe("toy"), tmp_path / "run")
     saved = kit.at(*where, lambda _: opened.checkpoint(where[0] - 1, where[1]) if where[1] else None)
-    events = distill.go(opened)
+    events = groups.go(opened)
     for event in events:
         saved(event)
         if event.epoch == where[0] and (event.batch if isinstance(event, Step) else 0) == where[1]:
             events.close()
             break
     again = kit.session(kit.recipe("toy"), tmp_path / "run", resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert kit.same(kit.student(again.run), kit.student(whole))
     assert again.run.metrics() == whole.metrics()
 
@@ -516,7 +516,7 @@ def test_phases_of_one_name_go_on_with_their_optimiser_and_schedule(tmp_path: Pa
             state = learner.optimizer.state[group["params"][0]]
             told[event.epoch] = (learner.optimizer, group["lr"], int(state.get("step", -1)))
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert told[1][0] is told[3][0]
     assert told[2][0] is told[4][0] is not told[1][0]
     assert [rate for _, rate, _ in told.values()] == pytest.approx([0.05, 0.01, 0.05, 0.001])
@@ -533,15 +533,15 @@ def test_turns_resume_with_the_same_bits(tmp_path: Path, at: tuple[int, int]) ->
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(opened), kit.at(*at, stop))
-    kit.drive(distill.go(kit.session(config, opened.run.path, resume=True), resume=True))
+        kit.drive(groups.go(opened), kit.at(*at, stop))
+    kit.drive(groups.go(kit.session(config, opened.run.path, resume=True), resume=True))
     assert kit.same(kit.student(opened.run), kit.student(whole))
 
 
 @pytest.mark.usefixtures("toys")
 def test_a_sweep_reads_every_image_and_leaves_no_trace(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("sweeper"), tmp_path / "run")
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert opened.learners[0].method.seen == [(30, False), (30, False)]  # pyright: ignore
     control = kit.trained(kit.recipe("nokd"), tmp_path / "control")
     assert kit.same(kit.student(opened.run), kit.student(control))
@@ -570,7 +570,7 @@ def test_seeds_of_neighbouring_steps_do_not_meet() -> None:
 
 
 def test_a_step_reports_where_the_loop_is(tmp_path: Path) -> None:
-    events = kit.drive(distill.go(kit.session(kit.recipe(), tmp_path / "run")))
+    events = kit.drive(groups.go(kit.session(kit.recipe(), tmp_path / "run")))
     steps = [event for event in events if isinstance(event, Step)]
     assert [(s.epoch, s.batch) for s in steps] == [(e, b) for e in (1, 2) for b in (1, 2, 3, 4)]
     assert {(s.epochs, s.batches) for s in steps} == {(2, 4)}
@@ -621,11 +621,11 @@ def test_a_run_stopped_between_batches_answered_together_ends_the_same(tmp_path:
         signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(stopped), kit.at(epoch, batch, stop))
+        kit.drive(groups.go(stopped), kit.at(epoch, batch, stop))
     again = kit.session(config, tmp_path / "run", resume=True)
     answer = again.mentors._live
     again.mentors._live = lambda pixels: (sizes.append(len(pixels)), answer(pixels))[1]
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert set(sizes) <= {24, 6}  # three batches of eight, and the short one
     assert kit.same(kit.student(again.run), kit.student(whole))
     assert again.run.metrics() == whole.metrics()
@@ -635,19 +635,19 @@ def test_how_far_to_look_is_decided_once_and_kept(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sessions, "LONG", 1)
     opened = kit.session(kit.recipe("kd"), tmp_path / "run")
     monkeypatch.setattr(opened.mentors, "measure_ahead", lambda batches: len(batches) // 2)
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert opened.mentors.ahead == kit.STEPS // 2
     assert opened.run.load_checkpoint()["ahead"] == 2
     again = kit.session(kit.recipe("kd"), tmp_path / "run", resume=True)
     monkeypatch.setattr(again.mentors, "measure_ahead", lambda _: 1 / 0)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert again.mentors.ahead == 2
 
 
 def test_a_short_training_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = kit.session(kit.recipe("kd"), tmp_path / "run")
     monkeypatch.setattr(opened.mentors, "measure_ahead", lambda _: 1 / 0)
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert opened.mentors.ahead == 1
 
 
@@ -661,7 +661,7 @@ def test_mentors_worth_it_are_compiled_and_who_cannot_be_is_named(
     whole = kit.trained(kit.recipe("kd"), tmp_path / "whole")
     opened = kit.session(kit.recipe("kd", **{"classroom.compile": True}), tmp_path / "run")
     assert opened.compiled == ["cifar_resnet14", "cifar_resnet8"]
-    heard = [event.text for event in kit.drive(distill.go(opened)) if isinstance(event, Notice)]
+    heard = [event.text for event in kit.drive(groups.go(opened)) if isinstance(event, Notice)]
     assert heard == [f"{name} is not compiled: no compiler here" for name in ("cifar_resnet14", "cifar_resnet8")]
     assert kit.same(kit.student(opened.run), kit.student(whole))
     assert kit.session(kit.recipe("kd"), tmp_path / "other").compiled == []  # thirty small pictures
