@@ -255,8 +255,8 @@ def find(name: str | None, *, learner: bool = True) -> Run:
         hits = [Run(path) for path in tries if (path / "provenance.json").is_file()]
         if not hits and any((path / lock.NAME).is_file() for path in tries):
             raise RecipeError(
-                f"{name} was stopped before anything of it was written",
-                hint="Nothing is lost: type the command that began it again.",
+                f"{name} was stopped before it wrote anything",
+                hint="Nothing is lost: run the same command again.",
             )
         if not hits:
             known = [run.name for run in every()]
