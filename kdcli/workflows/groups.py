@@ -66,11 +66,12 @@ def train_group(
     begin: called for a group that starts, after all checks and before anything is written.
     """
     session = open_session(group.recipes, classroom, group.run, group.folders, group.keep)
-    if distributed.on_rank0(lambda: group.record.begun):
+    laid_out = distributed.on_rank0(lambda: group.record.begun)
+    if laid_out:
         check_unchanged(group.record, classroom)
     if not resume:
         begin(classroom)
-    start(session, group.kind, classroom)
+    start(session, group.kind, classroom, missing_only=laid_out)
     follow(classroom, go(session, resume=resume), group.label)
 
 
@@ -207,10 +208,12 @@ def _options(recipe: Recipe) -> str:
     return ", ".join(f"{key} = {value}" for key, value in values.items() if value is not None) or "no options"
 
 
-def start(session: Session, kind: str, classroom: Classroom) -> None:
-    """Write recipe and provenance into the folder of every learner that has none yet.
+def start(session: Session, kind: str, classroom: Classroom, *, missing_only: bool = False) -> None:
+    """Write recipe and provenance into every learner's folder. Raises RecipeError for a folder that holds a run.
 
-    kind: the command that is named where the session's run is a learner's own folder.
+    Args:
+        kind: the command that is named where the session's run is a learner's own folder.
+        missing_only: leave folders as they are that hold a run.
     """
     common = facts_of(classroom)
     kept = {"keep": sorted(session.keep)} if session.keep else {}  # a resumed run keeps them too
@@ -220,7 +223,7 @@ def start(session: Session, kind: str, classroom: Classroom) -> None:
             folder = session.runs[learner.name]
             whole = folder is session.run
             facts = {**common, **(kept if whole else {})}
-            if not folder.begun:
+            if not (missing_only and folder.begun):
                 folder.start(learner.recipe, runs.provenance(kind if whole else "distill", learner.recipe, **facts))
 
     distributed.on_rank0(lay_out)

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_said_once_with_its_exit_code() -> None:
     said = ran("distill", *kit.CLASSROOM, *QUICK, *RANKS, "--set", "train.batch_size=29", "--json", code=2)
     assert said.out == ""
     assert said.err.count("error:") == 1
-    assert "the last batch of 1 images, too few for each of 2 ranks" in said.err
+    assert "the last batch of 1 images has too few for each of 2 ranks" in said.err
     assert "Traceback" not in said.err
     assert not Path("runs").exists()
 
