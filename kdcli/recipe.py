@@ -109,7 +109,7 @@ class TrainConfig(Section):
     min_lr: float = Field(default=0.0, ge=0.0)
     decay_epochs: list[int] = []  # milestones of schedule = "multistep"; the period of "step" is the first
     decay_rate: float = Field(default=0.1, gt=0.0)
-    cycles: int = Field(default=1, ge=1)  # schedule = "cosine" falls from lr that often, each time anew (warm restarts)
+    cycles: int = Field(default=1, ge=1)  # schedule = "cosine" falls from lr this many times (warm restarts)
     precision: Precision = "auto"  # of the student; losses are float32
     seed: int = Field(default=0, ge=0)  # initial weights, method noise, dropout
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay of the weights' average, then the student
@@ -223,7 +223,7 @@ class Recipe(Section):
         return {user_code.label(name): name for name in reversed(names) if user_code.named(name)}
 
     def to_keep(self) -> "Recipe":
-        """A copy that looks for own methods beside its own file, each called as its class is."""
+        """A copy for a run's folder, which holds the user's methods in files named after their classes."""
         tables = self.model_dump(exclude_none=True)
         rename = {name: f"{label}.py:{label}" for label, name in self.own_methods().items()}
         tables["method"]["name"] = rename.get(self.method.name, self.method.name)
@@ -297,13 +297,13 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe's tables with the files of own methods found, from its `folder` or from here."""
-    method, beside, first = tables.get("method"), tables.get("baselines"), tables.get("stage")
+    method, others, first = tables.get("method"), tables.get("baselines"), tables.get("stage")
     if isinstance(first, list):
         tables = {**tables, "stage": [located(one, folder) if isinstance(one, dict) else one for one in first]}
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         tables = {**tables, "method": {**method, "name": user_code.resolve(method["name"], folder)}}
-    if isinstance(beside, dict):
-        tables = {**tables, "baselines": {user_code.resolve(name, folder): one for name, one in beside.items()}}
+    if isinstance(others, dict):
+        tables = {**tables, "baselines": {user_code.resolve(name, folder): one for name, one in others.items()}}
         for label, options in tables["baselines"].items():
             if isinstance(options, dict) and isinstance(options.get("name"), str):
                 tables["baselines"][label] = {**options, "name": user_code.resolve(options["name"], folder)}

@@ -140,7 +140,7 @@ def _state(learner: "Learner") -> str:
 
 
 def result(found: "Result") -> None:
-    """A finished training's figures, beside the published one where its recipe has one."""
+    """A finished training's figures, next to the published one where its recipe has one."""
     metric = found.metric
     rows = [[metric.title, f"{found.value:.2f}"], ["of epoch", found.epoch]]
     rows.append([f"last epoch {metric.unit}", f"{found.last:.2f}"])

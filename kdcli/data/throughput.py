@@ -44,7 +44,7 @@ def rates(
     """Measure each data set's training stream (decode, augment, move to `device`) without training.
 
     After one round to warm up, each of `rounds` gives every data set a window of `seconds`, in random order, so that a
-    slow phase of the machine affects them alike. Files are then read from memory, if they fit there.
+    slow phase of the machine affects all of them. Files are then read from memory, if they fit there.
     """
     data = [open_data(config, task, device=device) for config in configs]
     streams = [_endless(one, config.seed, batch, device) for one, config in zip(data, configs, strict=True)]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # the command line reads the formats' names, and --help must 
     from torch import Tensor
 
 Same = Callable[["Tensor", "Tensor", float], "Bool[Tensor, ' B']"]
-"""same(a, b, tie): which images two models answer alike; outputs of `a` within `tie` of each other count as equal."""
+"""same(a, b, tie): the images on which two models agree; outputs of `a` within `tie` of each other count as equal."""
 
 
 @dataclass(frozen=True)

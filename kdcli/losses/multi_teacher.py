@@ -44,7 +44,7 @@ def least_norm_weights(
     """The w that minimises |sum_m w_m g_m|^2 subject to sum w = 1 and 0 <= w_m <= C. AEKD (Du et al. 2020).
 
     normalise: the gradients are first divided by their norms; then the solution is too, and is scaled to sum to 1.
-    C * M must be at least 1, else there is no solution. A primal-dual interior-point method with a fixed number of
+    C * M must be at least 1, otherwise there is no solution. A primal-dual interior-point method with a fixed number of
     steps on an M x M system; if several w are optimal it ends between them, so that equal teachers have equal weights.
     """
     m = gradients.shape[0]

@@ -29,7 +29,7 @@ class Contrast(nn.Module):
     count: Tensor  # [K] number of rows of a class
     student_memory: Tensor  # [N, D]
     teacher_memory: Tensor  # [N, D]
-    log_z: Tensor  # [2] normalisers of the student's and the teacher's scores, from the very first batch
+    log_z: Tensor  # [2] normalisers of the student's and the teacher's scores, from the first batch
     started: Tensor  # [] whether there has been a batch
 
     def __init__(

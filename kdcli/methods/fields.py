@@ -65,7 +65,7 @@ def collect(cls: type, root: type) -> dict[str, Option]:
 
 
 def docs(cls: type) -> dict[str, str]:
-    """Name -> the string literal beneath it in a class's body, on one line; empty where there is no source file."""
+    """Name -> the string literal below it in a class's body, on one line; empty where there is no source file."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):

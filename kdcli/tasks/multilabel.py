@@ -109,7 +109,7 @@ def average_precision(out: Float[Tensor, "N K"], target: Float[Tensor, "N K"]) -
     order = out.argsort(0, descending=True)
     ranked, hits = out.gather(0, order), target.gather(0, order)
     found, seen = hits.cumsum(0), torch.arange(1, len(out) + 1, device=out.device)[:, None]
-    # of equal outputs all have the counts of the last one: they cannot be told apart
+    # of equal outputs all have the counts of the last one: their order is arbitrary
     last = torch.cat([ranked[1:] != ranked[:-1], torch.ones_like(ranked[:1], dtype=torch.bool)])
     position = torch.where(last, seen, len(out)).flip(0).cummin(0).values.flip(0) - 1
     precision = found.gather(0, position) / (position + 1)

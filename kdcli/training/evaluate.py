@@ -42,7 +42,7 @@ def outputs(model: Model, split: Split, device: torch.device, batch_size: int = 
     if isinstance(model, nn.Module):
         model.eval()
     own, size = split, batch_size
-    if not distributed.alone():  # whole batches, the very ones that a single rank would read
+    if not distributed.alone():  # whole batches, the same as a single rank would read
         own = split.subset(shards.turns(len(split), batch_size)[distributed.rank()])
     try:
         while (out := _outputs(model, own, device, size)) is None:
