@@ -4,8 +4,10 @@ Every random number is an integer hash of what names it, computed with wrapping 
 and any thread draw the same bits, in any order, without generator state to save.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -238,33 +240,45 @@ class Views:
         plain = view < 0
         return dy.masked_fill(plain, self.pad[0]), dx.masked_fill(plain, self.pad[1]), (flip > 0) & ~plain
 
-    def _auto(self, pixels: Tensor, view: Tensor) -> Tensor:
+    def _auto(self, pixels: Tensor, view: Int[Tensor, " B"]) -> Tensor:
         """Each image through the policy, its random numbers drawn from its view."""
         assert self._policy is not None
         out = []
-        for image, name in zip(pixels, view.tolist(), strict=True):
-            if name >= 0:
-                with Seeded(name):
+        with _generator() as generator:
+            for image, name in zip(pixels, view.tolist(), strict=True):
+                if name >= 0:
+                    generator.manual_seed(name)
                     image = self._policy(image)
-            out.append(image)
+                out.append(image)
         return torch.stack(out)
 
 
-class Seeded(TorchFunctionMode):
-    """Within the block and this thread, `torch.rand` and `torch.randint` draw from a generator of this seed.
+class Redirected(TorchFunctionMode):
+    """Within the block and this thread, `torch.rand` and `torch.randint` draw from `generator`."""
 
-    torchvision's policies take no generator: seeding the default one would disturb what other threads draw from it.
-    """
-
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.rand, torch.randint):
-            kwargs = {**kwargs, "generator": self.generator}
-        return func(*args, **kwargs)
+        if func is torch.rand or func is torch.randint:
+            return func(*args, generator=self.generator, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _generator() -> Iterator[torch.Generator]:
+    """The generator that torchvision's policies draw from within the block; they take none as an argument.
+
+    In the main thread the default one, restored afterwards. Another thread must not seed that one while the training
+    draws from it; its calls are redirected, with the same bits, at a cost of about 0.1 ms an image.
+    """
+    if threading.current_thread() is threading.main_thread():
+        with torch.random.fork_rng(devices=[]):
+            yield torch.default_generator
+    else:
+        with Redirected() as mode:
+            yield mode.generator
 
 
 def _shifted(pixels: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, pad: Size, fill: int) -> Tensor:
