@@ -45,7 +45,7 @@ class Cohort(Method):
     ) -> None:
         """Fix who learns. Called by `__init__`.
 
-        others: the number of students besides the student itself; `cohort` names their architectures instead.
+        others: the number of students without the student itself; `cohort` names their architectures instead.
         branching: whether they are branches of the student. needs: what the equation reads of every student.
         """
         self.count, self.architectures, self.branching = len(cohort) or others, cohort, branching

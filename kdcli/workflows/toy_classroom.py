@@ -72,7 +72,7 @@ class Toy:
     """A hundred digits and three mentors: the teacher is the best, the last peer is worse than an untrained network.
 
     For methods that read only logits the networks are linear, else small residual ones. For `multilabel` each image has
-    a second class besides its digit.
+    a second class in addition to its digit.
     """
 
     def __init__(self, device: torch.device, task: str = "classify") -> None:

@@ -1,6 +1,6 @@
 """What the engine guarantees for every method: noise, neighbours, resuming with a moving average, declared needs.
 
-`symmetric` methods also have the same loss with two peers swapped.
+Methods in SYMMETRIC also have the same loss with two peers swapped.
 """
 
 import copy
