@@ -151,7 +151,7 @@ def test_simkd_on_top_of_a_graduate_is_refused():
         "distill", "--teacher", f"{STUDENT}@runs/simkd", "--student", f"{STUDENT}@runs/simkd", "--data", "digits",
         "--method", "simkd", *TINY, code=2,
     )  # fmt: skip
-    assert "borrowed classifier already" in said.err
+    assert "already has the classifier of another teacher" in said.err
 
 
 def test_a_bare_name_never_means_a_graduate():
