@@ -88,8 +88,8 @@ class Run:
         """Lay the folder out. Raises RecipeError when it already holds a run.
 
         From its first file on the run can be resumed: the provenance holds the recipe too. Its `number` is larger than
-        that of any run in the same folder, so that the newest is known whatever the clock says. The files of own methods are
-        copied, and the recipe that is kept names the copies.
+        that of any run in the same folder, so that the newest is known whatever the clock says. The
+        user's methods are copied, and the recipe that is kept names the copies.
         """
         self.check_free()
         for label, name in recipe.own_methods().items():
