@@ -31,7 +31,8 @@ def ls(json: o.Json = False) -> None:
 
 @app.command(
     "add",
-    epilog="Examples:\n\nkdcli zoo add runs/my-run\n\nkdcli zoo add net.th --data cifar10",
+    epilog="Examples:\n\nkdcli zoo add runs/my-run\n\nkdcli zoo add net.th --data cifar10\n\n"
+    "kdcli zoo add net.pth --architecture resnet18 --data npz:photos.npz --set task=multilabel",
 )
 def add(
     what: Annotated[str, typer.Argument(help="A run, or a checkpoint file.")],
@@ -41,6 +42,7 @@ def add(
     data: o.Data = None,
     licence: Annotated[str, typer.Option(help="The licence of the weights.")] = "",
     data_root: o.Root = None,
+    sets: o.Set = None,
     json: o.Json = False,
 ) -> None:
     """Add a run's student or a checkpoint file to your zoo; a file is scored on its data first."""
@@ -49,7 +51,7 @@ def add(
     from kdcli.workflows.distill import into_zoo
 
     if Path(what).is_file():
-        card = _from_file(Path(what), architecture, data, licence, data_root)
+        card = _from_file(Path(what), architecture, data, licence, data_root, sets)
     else:
         card = into_zoo(runs.find(what))
     if json:
@@ -85,14 +87,16 @@ def _facts(card: Any) -> dict[str, Any]:
     return {**card.model_dump(mode="json"), card.metric.name: card.value, **card.score}
 
 
-def _from_file(path: Path, architecture: str | None, data: str | None, licence: str, root: str | None) -> Any:
+def _from_file(
+    path: Path, architecture: str | None, data: str | None, licence: str, root: str | None, sets: list[str] | None
+) -> Any:
     """Score a checkpoint file on its data's test images and add it to the zoo; returns the card."""
     import torch
 
     from kdcli.cli.resolve import mentor_on
     from kdcli.errors import RecipeError
     from kdcli.models import cards
-    from kdcli.recipe import Recipe
+    from kdcli.recipe import Recipe, parse_set
     from kdcli.tasks import TASKS
     from kdcli.training import student
     from kdcli.training.evaluate import score
@@ -103,7 +107,7 @@ def _from_file(path: Path, architecture: str | None, data: str | None, licence: 
         raise RecipeError(
             f"{path}: its architecture or its data is not named", hint="Add --architecture NAME --data NAME."
         )
-    over = {"data.name": data, "data.root": root} if root else {"data.name": data}
+    over = {**parse_set(sets or []), "data.name": data, **({"data.root": root} if root else {})}
     recipe, cpu = Recipe().with_(**over), torch.device("cpu")
     member, opened = mentor_on(f"{architecture}@{path}", recipe, cpu)
     task = TASKS[recipe.task](len(opened.classes))

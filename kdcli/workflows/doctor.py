@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kdcli.errors import first_line
 from kdcli.export import student_file
 from kdcli.recipe import Recipe
 from kdcli.system import device as devices
@@ -87,7 +88,7 @@ def _self_test() -> dict[str, Any]:
             task = TASKS[recipe.task](len(data.classes))
             done = export(student_of(run), data, task, student_file(run.path), run=run)
     except Exception as error:
-        return {"result": "failed", "while": step, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        return {"result": "failed", "while": step, "error": f"{type(error).__name__}: {first_line(error)}"}
     return {
         "result": "passed",
         "seconds": round(time.perf_counter() - began, 1),

@@ -46,6 +46,9 @@ def test_a_trained_model_enters_the_zoo_with_its_metric_and_its_next_command_nam
     assert said.next == f"kdcli distill --teacher {PEER} --student NAME --data npz:mosaics.npz --set task=multilabel"
     card = next(one for one in kdcli("zoo", "ls", "--json").json if one["task"] == "multilabel")
     assert card["map"] == card["score"]["map"]
+    copied = kdcli("zoo", "add", card["weights"], "--architecture", PEER, *MULTI, "--json").json
+    assert copied["task"] == "multilabel"
+    assert copied["score"]["map"] == pytest.approx(card["map"], abs=0.02)
     run = kdcli("runs", "ls", "--json").json[0]
     assert run["metric"] == "map"
     assert run["map"] == pytest.approx(card["map"], abs=1e-3)
