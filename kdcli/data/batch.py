@@ -35,7 +35,7 @@ class Batch:
     """Some samples; with several ranks this rank's share of a global batch.
 
     images: [B, 3, H, W] float32 in [0, 1] (float data: as stored), not normalised.
-    target: [B, ...], what the task makes of a label: class numbers [B] int64, or [B, K] float32 of several classes or
+    target: [B, ...], the labels in the task's form: class numbers [B] int64, or [B, K] float32 for several classes or
         after mixup.
     index: [B] int64, each sample's number in its full set.
     view: [B] int64, the name of its augmented reading; -1 for the plain image.
@@ -98,5 +98,5 @@ def moved(x: Tensor, device: Device) -> Tensor:
     """`x` on `device`. Only copies to CUDA are asynchronous: in the other direction values could be read too early."""
     towards = torch.device(device).type == "cuda"
     if towards and x.device.type == "cpu":
-        x = x.pin_memory()  # from memory that may be paged out, a copy waits for the steps before it
+        x = x.pin_memory()  # a copy from pageable memory waits for the steps before it
     return x.to(device, non_blocking=towards)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 through torchvision's loader, downloaded to the data root where they are missing."""
+"""CIFAR-10 and CIFAR-100 through torchvision's loader, downloaded to the data root if missing."""
 
 import zlib
 from pathlib import Path
@@ -16,11 +16,11 @@ MOMENTS: dict[str, Moments] = {  # of the training pixels, as published; CIFAR-1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-FOLDERS = {"cifar10": ("cifar-10-batches-py", 10), "cifar100": ("cifar-100-python", 100)}  # and number of classes
+FOLDERS = {"cifar10": ("cifar-10-batches-py", 10), "cifar100": ("cifar-100-python", 100)}  # folder, number of classes
 
 
 def read(config: DataConfig, notes: Notes) -> Arrays:
-    """Raises DataError where it is neither there nor can be downloaded."""
+    """Raises DataError when the data set is missing and cannot be downloaded."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     name, root = parse(config.name)[0], data_root(config.root)

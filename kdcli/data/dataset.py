@@ -15,7 +15,7 @@ from kdcli.errors import RecipeError
 from kdcli.system.cuda_graph import Captured
 from kdcli.system.sizes import Size
 
-STD_FLOOR = 1e-2  # a constant channel must not be divided by zero
+STD_FLOOR = 1e-2  # so that a constant channel is not divided by zero
 
 
 class Store(Protocol):
@@ -40,7 +40,7 @@ class Pixels:
         self.draw: Callable[[Tensor, Tensor], Tensor] = self._draw
 
     def record(self) -> None:
-        """From now on draw by a CUDA graph, where pixels are on CUDA and views are drawn there."""
+        """Draw with a CUDA graph from now on, if the pixels are on CUDA and views are drawn there."""
         if self.pixels.device.type == "cuda" and not self.views.preset.on_host:
             recorded = Captured(self._draw)
             self.draw = lambda rows, names: recorded(rows, names).clone()  # the next batch overwrites it
@@ -72,7 +72,7 @@ def as_float(pixels: Tensor) -> Tensor:
 class Split:
     """One part of a data set: samples of a store, each with its target and its number in the full set.
 
-    targets: [N, ...], what the task makes of the labels: class numbers [N] int64, or 0/1 [N, K] float32.
+    targets: [N, ...], the labels in the task's form: class numbers [N] int64, or 0/1 [N, K] float32.
     full: number of samples in the full set.
     """
 
@@ -96,7 +96,7 @@ class Split:
         return Split(self.store, self.targets[rows], self.index[rows], self.full)
 
     def plain(self, batch_size: int, device: Device = "cpu") -> Iterator[Batch]:
-        """In order, unaugmented; the last batch may be short."""
+        """Batches in order, without augmentation; the last one may be short."""
         if not len(self):  # a rank's share of a few images may be empty; torch would split it into one empty batch
             return
         view = torch.full_like(self.index, PLAIN)
@@ -115,7 +115,7 @@ class Split:
 
 @dataclass
 class DataSet:
-    """A data set, opened."""
+    """An opened data set."""
 
     name: str  # the recipe's, e.g. "cifar100" or "npz:foo.npz"
     classes: list[str]
@@ -131,14 +131,14 @@ class DataSet:
     views: int | None = None  # distinct views of an image when they can be counted, or are limited
     notes: list[tuple[str, object, str]] = field(default_factory=list)  # settings chosen: (recipe key, value, why)
     skipped: list[str] = field(default_factory=list)  # corrupt files left out
-    pixels: str = ""  # as `hash`, but different for a packed copy: outputs of models are stored under it
+    pixels: str = ""  # as `hash`, but different for a packed copy: banks are identified by it
 
     def __post_init__(self) -> None:
         self.pixels = self.pixels or self.hash
 
 
 def sized(pixels: Tensor, size: Size) -> Tensor:
-    """[N,C,h,w] as [N,3,H,W] of `size`: grey repeated, resized by an antialiased bilinear filter; the type stays."""
+    """[N,C,h,w] as [N,3,H,W] of `size`: grey repeated, resized by an antialiased bilinear filter; the dtype is kept."""
     n, c = pixels.shape[:2]
     if pixels.shape[2:] != size:
         small = torch.empty((n, c, *size), dtype=pixels.dtype)
@@ -154,7 +154,7 @@ Triple = tuple[float, float, float]
 
 
 def moments(split: Split, some: int | None = None) -> tuple[Triple, Triple]:
-    """Mean and standard deviation (at least 0.01) of each channel over the plain images, or `some` spread evenly."""
+    """Mean and standard deviation (at least 0.01) of each channel over all plain images, or `some` of them."""
     rows = torch.arange(len(split)) if some is None or some >= len(split) else torch.arange(some) * len(split) // some
     total, squares, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
     for few in rows.split(64):  # a few images at a time: all of them may not fit in memory

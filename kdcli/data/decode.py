@@ -1,7 +1,7 @@
 """From a file's bytes to pixels: one implementation for every caller.
 
-JPEGs are decoded by torchvision's operator, which releases Python's global lock and gives Pillow's bits; all other
-formats, and JPEGs that it refuses, by Pillow. An image's plain reading is RGB, resized and centre-cropped to the view's
+JPEGs are decoded by torchvision's operator, which releases Python's global lock and returns Pillow's pixels; all other
+formats, and JPEGs that it rejects, by Pillow. An image's plain reading is RGB, resized and centre-cropped to the view's
 size (`fit`). Every preset starts from it except `imagenet`, which crops the image itself; so a small set is decoded
 once and kept in memory, with the same pixels as when streamed.
 """
@@ -24,7 +24,7 @@ from kdcli.system.sizes import Size
 EVAL_RATIO = 256 / 224  # the imagenet preset's test images: short side resized to 256, centre 224 kept
 JPEG = b"\xff\xd8\xff"
 RGB = 3  # torchvision.io.ImageReadMode.RGB
-# torchvision.io's function warns that it will move to TorchCodec (no faster here, the same bits, one package more);
+# torchvision.io's function warns that it will move to TorchCodec (no faster here, the same pixels, an extra package);
 # where the operator has been removed, Pillow decodes everything
 JPEG_OPERATOR: Any = getattr(getattr(torch.ops.image, "decode_jpeg", None), "default", None)
 
@@ -39,7 +39,7 @@ def decode(data: UInt8[np.ndarray, " n"]) -> UInt8[Tensor, "3 H W"]:
 
 
 def why_broken(part: Part, row: int) -> str | None:
-    """Why an image cannot be decoded to its end; None where it can."""
+    """Why an image cannot be decoded completely; None if it can."""
     try:
         with Image.open(io.BytesIO(part.read(row).data)) as image:
             image.draft(image.mode, (1, 1))  # a JPEG at an eighth of its size: read to its end, at lower cost
@@ -68,7 +68,7 @@ def corrupt(found: list[str]) -> DataError:
 
 
 def fit(image: UInt8[Tensor, "3 H W"], size: Size, ratio: float) -> UInt8[Tensor, "3 h w"]:
-    """The image resized to just cover size * ratio, its centre of `size` (height, width) kept."""
+    """The image resized to just cover size * ratio, then centre-cropped to `size` (height, width)."""
     rows, columns = (round(side * ratio) for side in size)
     height, width = image.shape[-2:]
     # the side that is relatively shorter decides; the other one, rounded down, is still long enough
@@ -89,7 +89,7 @@ class Decoder:
     def __call__(self, part: int, rows: list[int], view: Tensor) -> tuple[UInt8[Tensor, "B 3 H W"], list[str]]:
         """The images' views, and the names of images that did not decode.
 
-        Views that a device draws just as well (`Preset.on_host` false) are left to it: these images are plain.
+        Views that can be drawn on a device (`Preset.on_host` false) are not drawn here: the images are plain.
         """
         files = self.parts[part]
         out = torch.zeros((len(rows), 3, *self.views.size), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, 8x8 grey: 1,437 to train on and 360 to test on, always the same ones."""
+"""scikit-learn's handwritten digits, 8x8 grey: a fixed split into 1,437 training and 360 test images."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """`imagenet[:DIR]` and `folder:DIR`: image files listed, labelled, divided into training and test sets, and checked.
 
-The labels are the names of the class folders, one class an image; or those of a `labels.csv`, several an image.
+The labels are the names of the class folders, one class per image; or those of a `labels.csv`, several per image.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from kdcli.errors import DataError
 from kdcli.recipe import DataConfig
 from kdcli.system.paths import data_root
 
-QUICK_CHECK = 5000  # up to so many files are all decoded when opened; in larger folders only where some may be skipped
-TESTED = 0.2  # share of a folder without parts that is tested on
+QUICK_CHECK = 5000  # up to this many files are decoded when opened; more only if corrupt files may be skipped
+TESTED = 0.2  # share of test images in a folder without train/ and val/
 Some = TypeVar("Some", bound=Part)
 
 
@@ -73,7 +73,7 @@ def read(config: DataConfig, notes: Notes) -> Listed:
 
 
 def rows(kind: str, root: Path) -> list[dict[str, Any]]:
-    """ImageNet wherever it is in the root; of `folder` each folder in the root with a train/ or a labels.csv."""
+    """ImageNet, present or not; for `folder`, every folder in the root with a train/ or a labels.csv."""
     if kind == "imagenet":
         return [_row(kind, _imagenet(root))]
     found = sorted(root.iterdir()) if root.is_dir() else []
@@ -143,7 +143,7 @@ def _listing(root: Path, classes: list[str], files: list[tuple[str, int]], label
 
 
 def _images(folder: Path, name: str) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of each image under a folder that is called `name` in the names."""
+    """(name, size in bytes) of each image under a folder; names begin with `name`."""
     for entry in _scan(folder):
         if entry.name.startswith("."):
             continue
@@ -166,7 +166,7 @@ def _scan(path: Path) -> list[os.DirEntry[str]]:
 def fingerprint(parts: list[Listing]) -> str:
     """sha256 of class names and of every file's relative name, size and (from a table) labels.
 
-    Contents are not read, being many.
+    Contents are not read, since there may be many files.
     """
     digest = hashlib.sha256("\0".join(parts[0].classes).encode())
     for part in parts:
@@ -178,11 +178,11 @@ def fingerprint(parts: list[Listing]) -> str:
     return digest.hexdigest()
 
 
-# --- one class an image -----------------------------------------------------------------------------------------------
+# --- one class per image ----------------------------------------------------------------------------------------------
 
 
 def _by_class_folders(kind: str, path: Path, notes: Notes) -> tuple[Listing, Listing]:
-    """Training and test files: of train/ and val/ (or test/), or of one folder split 80/20 by a hash of each name."""
+    """Training and test files: from train/ and val/ (or test/), or one folder split 80/20 by a hash of each name."""
     found = folders(path)
     second = _second(found)
     if "train" in found and second:
@@ -195,7 +195,7 @@ def _by_class_folders(kind: str, path: Path, notes: Notes) -> tuple[Listing, Lis
             )
         train = listing(path, "train", classes)
         test = listing(path, second, [c for c in classes if c in seen])
-        if len(test):  # labels counted within the classes it has
+        if len(test):  # its labels are numbered within its own classes
             lookup = np.array([classes.index(c) for c in test.classes])
             test = Listing(path, classes, test.files, test.sizes, lookup[test.labels])
         if not len(train) or not len(test):
@@ -251,13 +251,13 @@ def _split_by_name(whole: Listing, notes: Notes) -> tuple[Listing, Listing]:
     return whole.keep(np.setdiff1d(np.arange(len(whole)), chosen)), whole.keep(chosen)
 
 
-# --- several classes an image -----------------------------------------------------------------------------------------
+# --- several classes per image ----------------------------------------------------------------------------------------
 
 
 def _by_table(path: Path, notes: Notes) -> tuple[Listing, Listing]:
-    """Training and test files as labels.csv labels them: of train/ and val/ (or test/), or split by name.
+    """Training and test files with the labels of labels.csv: from train/ and val/ (or test/), or split by name.
 
-    Images without a line are left out. Raises DataError with line numbers for files that are not there and for classes
+    Images without a line are left out. Raises DataError with line numbers for missing files and for classes
     that occur in the test part only.
     """
     table, where = tables.read(path / tables.NAME), str(path / tables.NAME)
@@ -298,7 +298,7 @@ def _by_table(path: Path, notes: Notes) -> tuple[Listing, Listing]:
 
 
 def _some(names: list[str]) -> str:
-    """Up to five of them, and how many more there are."""
+    """Up to five names, and the number of further ones."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

@@ -1,4 +1,4 @@
-"""`labels.csv` in a folder of images: several classes an image, checked line by line."""
+"""`labels.csv` in a folder of images: several classes per image, checked line by line."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ def present(folder: Path) -> bool:
 def read(path: Path) -> dict[str, Row]:
     """Each image's row by its path relative to the file's folder, with / between folders.
 
-    Raises DataError with the line number for a row that cannot be meant.
+    Raises DataError with the line number for an invalid row.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""`npz:FILE`: arrays in MedMNIST's layout, 8-bit or float (distilled sets), one or several classes an image."""
+"""`npz:FILE`: arrays in MedMNIST's layout, 8-bit or float (distilled sets), one or several classes per image."""
 
 import zipfile
 import zlib
@@ -16,7 +16,7 @@ LAYOUT = SOURCES["npz"].layout
 
 
 def read(config: DataConfig, notes: Notes) -> Arrays:
-    """Raises DataError that says which array is wrong and how."""
+    """Raises DataError naming the wrong array and what is wrong with it."""
     path = find(config.root, parse(config.name)[1])
     raw = _arrays(path)
     images: dict[str, np.ndarray] = {}
@@ -59,7 +59,7 @@ def read(config: DataConfig, notes: Notes) -> Arrays:
 
 
 def _check_columns(path: Path, labels: dict[str, np.ndarray], named: list[str] | None) -> list[str]:
-    """The classes of 0/1 matrices. Raises DataError when parts, or class_names, differ in their number."""
+    """The classes of 0/1 matrices. Raises DataError when parts, or class_names, differ in the number of classes."""
     width = labels["train"].shape[1]
     for part, some in labels.items():
         if some.ndim != 2 or some.shape[1] != width:

@@ -24,7 +24,7 @@ from kdcli.tasks import TASKS, MultiLabel
 
 IMAGENET_MOMENTS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DEVICE_BYTES = 4 * 2**30  # a larger set stays in host memory
-CACHE_BYTES, CACHE_SIZE = 2**30, 64  # a folder is decoded once when it takes so few bytes, in images of so few pixels
+CACHE_BYTES, CACHE_SIZE = 2**30, 64  # up to this many bytes, at this many pixels a side, a folder is decoded once
 MOST_THREADS = 8  # by default
 SAMPLE = 512  # images that a folder's mean and std are measured on
 
@@ -36,7 +36,7 @@ def open_data(config: DataConfig, task: str = "classify", *, device: Device = "c
     """
     kind, _ = parse(config.name)
     if config.augment != "auto":
-        preset(config.augment)  # a typing error is reported before anything is read
+        preset(config.augment)  # a typo is reported before anything is read
     notes: Notes = []
     augment = SOURCES[kind].augment if config.augment == "auto" else config.augment
     if config.augment == "auto":
@@ -51,7 +51,7 @@ def open_data(config: DataConfig, task: str = "classify", *, device: Device = "c
 
 
 def _check_task(name: str, kind: str, labels: np.ndarray, task: str) -> None:
-    """Raise RecipeError when the source's labels are not those of the task."""
+    """Raise RecipeError when the source's labels are not of the task's kind."""
     several = task == MultiLabel.name
     if labels.ndim == 2 and not several:
         raise RecipeError(
@@ -122,7 +122,7 @@ def _open_arrays(
 def _divide(
     config: DataConfig, whole: Split, labels: np.ndarray, held: Split | None, classes: list[str]
 ) -> tuple[Split, Split | None]:
-    """The training set without its held-out slice (unless the source brought one), reduced to per_class."""
+    """The training set without its held-out slice (unless the source has its own), reduced to per_class."""
     rows = np.arange(len(whole))
     if config.holdout > 0 and held is None:
         out = held_out(labels, config.holdout, config.seed, classes)
@@ -170,7 +170,7 @@ def _store(readers: Readers, part: int, parts: tuple[Part, Part], device: Device
 
 
 def _described(wnids: list[str]) -> list[str]:
-    """Words for WordNet ids: the first lemma where it is unique, else all of them."""
+    """Class names for WordNet ids: the first lemma where it is unique, else all of them."""
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names())
     full = [info.label_name_to_description(wnid) if wnid in known else wnid for wnid in wnids]

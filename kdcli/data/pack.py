@@ -2,7 +2,7 @@
 
 The file is an uncompressed zip: `images` (the JPEGs one after another), `offsets.npy` [N+1] int64, `labels.npy` ([N]
 int64, or [N, K] uint8 0/1), `names.npy` [N] bytes (the files' relative names) and `facts.json`; the first `train`
-images train, the others test.
+images are the training set, the others the test set.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Mapped:
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4)))
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its images are compressed")
-        # copy-on-write: nobody writes, but torch warns of arrays that are not writable
+        # copy-on-write: nothing is written, but torch warns about read-only arrays
         self.bytes: np.ndarray = np.memmap(path, np.uint8, "c", start, (entry.file_size,))
 
     def __getitem__(self, where: slice) -> np.ndarray:
@@ -140,7 +140,7 @@ def load(path: Path) -> tuple[Packed, Packed, dict[str, Any]]:
 
 
 def read(config: DataConfig, notes: Notes) -> Listed:
-    """A pack's images: they decoded when they were packed, so they are only checked where some may be left out."""
+    """A pack's images. They were checked when packed, so they are decoded here only if some may be left out."""
     path = find(config.root, parse(config.name)[1])
     train, test, about = load(path)
     notes.append(("data.name", str(path), f"packed from {about['source']}, short side at most {about['size']} pixels"))

@@ -42,7 +42,7 @@ class Source:
     recipe: str  # training settings where no recipe is given; empty: those of what was packed
     module: str
     layout: str = ""  # what it consists of, for messages; {where} is the path that was looked at
-    several: str = ""  # how it holds several classes an image; empty: it cannot
+    several: str = ""  # how it holds several classes per image; empty: it cannot
 
     @property
     def takes_path(self) -> bool:
@@ -81,7 +81,7 @@ SOURCES: dict[str, Source] = {
     ),
     "npz": Source("npz:FILE", None, "crop-flip", "defaults/npz", "npz", NPZ, "train_labels as a 0/1 matrix [N, K]"),
 }  # fmt: skip
-"""Every data source by what stands before the colon of `data.name`."""
+"""Every data source by the part of `data.name` before the colon."""
 
 USAGES = tuple(source.usage for source in SOURCES.values())
 HELP = f"{', '.join(USAGES[:-1])} or {USAGES[-1]}."
@@ -89,7 +89,7 @@ HELP = f"{', '.join(USAGES[:-1])} or {USAGES[-1]}."
 
 
 def parse(name: str | None) -> tuple[str, str]:
-    """`folder:pets` as its source and path; the path may be empty where the source needs none.
+    """The source and path of a name such as `folder:pets`; the path may be empty where the source needs none.
 
     Raises RecipeError for a name that is not set, unknown or incomplete.
     """
@@ -109,7 +109,7 @@ def parse(name: str | None) -> tuple[str, str]:
 
 
 def recipe_for(name: str, root: str | None = None) -> str:
-    """The built-in recipe with training settings for a data set; for a pack that of what was packed.
+    """The built-in recipe with training settings for a data set; for a pack, that of the packed data set.
 
     Raises RecipeError as `parse`, DataError for a pack that cannot be read.
     """

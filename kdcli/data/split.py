@@ -12,7 +12,7 @@ from jaxtyping import Int
 from kdcli.data.views import hashed
 from kdcli.errors import DataError, RecipeError
 
-HOLDOUT, PER_CLASS = 11, 12  # purposes of a choice: the two draw differently at one seed
+HOLDOUT, PER_CLASS = 11, 12  # purposes of a choice: at the same seed the two draw different samples
 Labels = Int[np.ndarray, "N ..."]
 Rows = Int[np.ndarray, " n"]
 
@@ -28,10 +28,10 @@ def rows_of(labels: Labels, number: int) -> Rows:
 
 
 def choose(labels: Labels, take: Int[np.ndarray, " K"], order: np.ndarray, unlabelled: int = 0) -> Rows:
-    """Of each class the `take` images that are first by `order` [N]; sorted.
+    """The first `take` images of each class by `order` [N]; sorted.
 
-    Where images have several classes these choices overlap, so that a class may get more than `take`, and a larger
-    `take` keeps a smaller one's images. `unlabelled`: how many images without any class.
+    Where images have several classes these choices overlap, so a class may get more than `take`. A larger `take`
+    includes the images of a smaller one. `unlabelled`: how many images without any class.
     """
     groups = [(rows_of(labels, number), n) for number, n in enumerate(take)]
     if labels.ndim == 2:
@@ -40,7 +40,7 @@ def choose(labels: Labels, take: Int[np.ndarray, " K"], order: np.ndarray, unlab
 
 
 def share_of_each(labels: Int[np.ndarray, "N K"], share: float, order: np.ndarray) -> Rows:
-    """About `share` of the images of each class, and of those without one; every class keeps an image outside."""
+    """About `share` of the images of each class, and of those without one; each class keeps one that is not chosen."""
     take = np.rint(labels.sum(0, dtype=np.int64) * share).astype(int)
     chosen = choose(labels, take, order, round(share * int((~labels.any(1)).sum())))
     for number in np.flatnonzero(~np.delete(labels, chosen, axis=0).any(0)):
@@ -64,8 +64,7 @@ def stratified(labels: Labels, *, total: int, seed: int) -> Rows:
 
 
 def held_out(labels: Labels, share: float, seed: int, classes: list[str]) -> Rows:
-    """Rows to keep for choosing: `share` of every class, at least one; where images have several classes see
-    `share_of_each`.
+    """Rows to hold out: `share` of every class, at least one; where images have several classes see `share_of_each`.
 
     Raises RecipeError when a class is left with nothing to train on.
     """
@@ -85,7 +84,7 @@ def held_out(labels: Labels, share: float, seed: int, classes: list[str]) -> Row
 
 
 def balanced(labels: Labels, per_class: int, seed: int, classes: list[str]) -> Rows:
-    """`per_class` rows of every class; a larger number keeps a smaller one's.
+    """`per_class` rows of every class; a larger number includes the rows of a smaller one.
 
     Where images have several classes: the first `per_class` images of each class by the same hash, so at least that
     many of each, and as many without a class where there are some. Raises RecipeError when a class has fewer.
@@ -103,7 +102,7 @@ def balanced(labels: Labels, per_class: int, seed: int, classes: list[str]) -> R
 def check_classes(
     labels: Labels, classes: list[str], where: str, describe: Callable[[str], str] = lambda name: name
 ) -> None:
-    """Raises DataError when there is nothing to tell apart, or a class has no training images (see `describe`)."""
+    """Raises DataError for too few classes, or for classes without training images (named by `describe`)."""
     if len(classes) < (2 if labels.ndim == 1 else 1):
         raise DataError(
             f"{where}: one class only ({classes[0] if classes else 'none'}); there is nothing to tell apart",

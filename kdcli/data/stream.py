@@ -1,4 +1,4 @@
-"""The stream of training batches: a function of the seed, from any batch on."""
+"""The stream of training batches: a function of the seed that can start at any batch."""
 
 import itertools
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ class Stream:
     """Shuffled, augmented batches of `data.train` on `device`.
 
     Order and views are functions of (seed, epoch) and (seed, epoch, sample index): no state, nothing to save. With
-    `mixup` (arXiv 1710.09412) or `cutmix` (arXiv 1905.04899), the Beta parameters (both: one of them at random for each
-    batch), targets are [B,K] with `label_smoothing` folded in, and an odd last batch is dropped, since images are mixed
-    in pairs; without, targets are the split's and smoothing is left to the loss. Raises RecipeError when a batch would
-    be larger than the training set, and for mixing where targets are not class numbers. Each of several ranks draws its
-    own rows of the same batches.
+    `mixup` (arXiv 1710.09412) or `cutmix` (arXiv 1905.04899), the Beta parameters (if both are set, one of them at
+    random for each batch), targets are [B,K] with `label_smoothing` folded in, and an odd last batch is dropped, since
+    images are mixed in pairs; without them, targets are the split's and smoothing is left to the loss. Raises
+    RecipeError when a batch would be larger than the training set, and for mixing where targets are not class numbers.
+    Each of several ranks draws its own rows of the same batches.
 
     `strong` adds every sample's strong view (`Views.strong`); refused with mixing, which would mix two views of
     different images, and where strong views cannot be drawn.
@@ -106,7 +106,7 @@ class Stream:
             yield Batch(x, target, index, view, here, strong=next(seconds)).share(self.mixing)
 
     def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
-        """The pixels that an epoch yielded under these names, to the bit (before mixing)."""
+        """The pixels that an epoch yielded under these names, bit for bit (before mixing)."""
         return next(self.data.train.store.batches(index, view, max(len(index), 1), self.device))
 
     def _mix(self, pixels: Tensor, target: Tensor, seed: int) -> tuple[Tensor, Tensor]:

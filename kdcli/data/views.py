@@ -79,7 +79,7 @@ def uniform(view: Int[Tensor, " B"], n: int) -> Float[Tensor, "B n"]:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a named augmentation does, in this order."""
+    """The operations of a named augmentation, in this order."""
 
     resized: bool = False  # RandomResizedCrop, scale 0.08..1, aspect ratio 3/4..4/3 times the view's
     crop: bool = False  # pad each side by an eighth of the image, crop back
@@ -91,7 +91,7 @@ class Preset:
 
     @property
     def on_host(self) -> bool:
-        """Draws image by image from numbers that the host reads: on a GPU each batch would wait for a transfer."""
+        """Whether images are drawn one by one, from numbers on the host: a GPU would wait for these in each batch."""
         return self.resized or self.auto or self.rand
 
 
@@ -187,7 +187,7 @@ class Views:
         return out
 
     def finish(self, pixels: Tensor, view: Int[Tensor, " B"]) -> Tensor:
-        """Views of a decoder's images: plain ones, or, where the preset crops decoded images itself, its crops."""
+        """Views of a decoder's images: of plain ones, or of crops where the preset crops decoded images itself."""
         if not self.preset.resized:
             return self.apply(pixels, view)
         return pixels if self._policy is None else self._auto(pixels, view)
@@ -202,7 +202,7 @@ class Views:
         outside the view; which of two joints is the left one after a flip is up to the caller.
 
         `sizes`: each decoded image's (height, width), for a preset that crops decoded images itself (imagenet);
-        `points` are then in the decoded image's pixels. Left out: images in memory, of the views' size.
+        `points` are then in the decoded image's pixels. None: the images are in memory, at the views' size.
 
         Raises RecipeError for presets that also rotate and shear.
         """
@@ -230,7 +230,7 @@ class Views:
         return torch.stack([torch.where(flip.to(points.device)[:, None], width - x, x), y], -1)
 
     def _place(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(dy, dx, flip) of each view: its digits when views are numbered, else drawn from its hash."""
+        """(dy, dx, flip) of each view: computed from its number when views are numbered, else drawn from its hash."""
         down, across = self.places
         flips = 2 if self.preset.flip else 1
         if self.count is None:
@@ -270,8 +270,8 @@ class Redirected(TorchFunctionMode):
 def _generator() -> Iterator[torch.Generator]:
     """The generator that torchvision's policies draw from within the block; they take none as an argument.
 
-    In the main thread the default one, restored afterwards. Another thread must not seed that one while the training
-    draws from it; its calls are redirected, with the same bits, at a cost of about 0.1 ms an image.
+    In the main thread the default one, restored afterwards. Other threads must not seed it while the training draws
+    from it, so their calls are redirected: the same bits, at a cost of about 0.1 ms per image.
     """
     if threading.current_thread() is threading.main_thread():
         with torch.random.fork_rng(devices=[]):
@@ -346,9 +346,9 @@ def _crop(draws: list[float], height: int, width: int, size: Size) -> tuple[int,
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
-    """[3,H,W] resized by an antialiased bilinear filter; the type stays."""
+    """[3,H,W] resized by an antialiased bilinear filter; the dtype is kept."""
     if image.shape[-2:] == (height, width):
         return image
-    if image.dtype == torch.uint8 and image.device.type != "cpu":  # only a CPU interpolates bytes
+    if image.dtype == torch.uint8 and image.device.type != "cpu":  # uint8 is interpolated only on the CPU
         return resized(image.float(), height, width).round_().clamp_(0, 255).byte()
     return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]

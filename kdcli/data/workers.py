@@ -1,4 +1,4 @@
-"""Threads that decode images ahead of the training; how many there are changes no pixel."""
+"""Threads that decode images ahead of the training; their number does not change any pixel."""
 
 import os
 from collections import deque
@@ -22,8 +22,8 @@ Answer = tuple[Tensor, list[str]]
 class Readers:
     """`workers` threads (0: the calling thread) that decode the images of all parts; started at first use.
 
-    Threads, not processes: decoding, resizing and augmenting release Python's global lock, so processes (their own, or
-    a DataLoader's) were no faster, and they need pipes, shared memory and care for those that are killed.
+    Threads, not processes: decoding, resizing and augmenting release Python's global lock, so processes (our own, or
+    a DataLoader's) were no faster, and they need pipes, shared memory and handling of killed workers.
     """
 
     def __init__(self, parts: tuple[Part, ...], views: Views, workers: int) -> None:
@@ -99,7 +99,7 @@ class Files:
 
 
 def cores() -> int:
-    """Cores this process may use: the machine's, divided by its ranks."""
+    """Cores this process may use: the machine's cores, divided by its ranks."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(usable // distributed.local_ranks(), 1)
 

@@ -49,7 +49,7 @@ def format_of(path: Path) -> Format:
 
 
 def open_file(path: str | Path, *, threads: int | None = None) -> Runtime:
-    """An exported file as a model. `threads`: of one operator, default as many as torch uses.
+    """An exported file as a model. `threads`: within one operator; default: torch's count.
 
     Raises WeightsError (exit 3) for a file that is missing, broken or of no known format.
     """

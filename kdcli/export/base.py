@@ -44,7 +44,7 @@ class Runtime(Protocol):
     """What the exporter wrote about the file: `task`, `classes` (JSON), `image_size`, `run`, ..."""
 
     def run(self, images: "np.ndarray") -> "np.ndarray":
-        """The runtime alone, nothing checked: float32 [B, 3, H, W], B the file's batch where it has one -> [B, K]."""
+        """The runtime alone, without checks: float32 [B, 3, H, W], B the file's batch where it has one -> [B, K]."""
         ...
 
     def __call__(self, images: "Float[Tensor, 'B 3 H W']") -> "Float[Tensor, 'B K']":
@@ -57,7 +57,7 @@ class Format:
     """One kind of exported file. Its functions import their libraries when they are called."""
 
     name: str
-    """The word of `kdcli export --format`."""
+    """The value of `kdcli export --format`."""
     write: Callable[..., Exported]
     """Writes a network to a path and checks the file; arguments as `onnx.export_onnx`."""
     open: Callable[..., Runtime]

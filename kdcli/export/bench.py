@@ -12,7 +12,7 @@ from kdcli.errors import KdcliError
 from kdcli.export import Runtime, open_file
 
 SEED = 0  # of the images and of the order in each round
-MIN_ROUNDS = 10  # a time limit ends no bench earlier: fewer give no percentiles
+MIN_ROUNDS = 10  # run whatever the time limit: fewer give no percentiles
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def export_onnx(
     """Write `network` (images [B,3,H,W] in [0,1] -> outputs [B,K]) to `path` as one ONNX file, and check it.
 
     The file's input is `pixels`, of the size of `real`, its output `output_name`; `batch` fixes the batch size, None
-    leaves it free. onnxruntime must answer like torch on the `real` images and on 8 random ones: largest difference at
+    leaves it free. onnxruntime must agree with torch on the `real` images and on 8 random ones: largest difference at
     most `tolerance` times the largest output, and on the real ones the `same` answer, except where the answer in torch
     is a tie. `metadata` goes into the file's metadata_props (`classes` as a JSON list of K names) with `task`, `input`,
     `image_size` (`256x192`, height first; one number for a square) and `kdcli_version`. `network` is not changed: a
@@ -55,7 +55,7 @@ def export_onnx(
     success (`system.files.write_atomic`).
 
     Raises ParityError (exit 5) when the file answers differently, WeightsError (exit 3) when the network's own outputs
-    are not finite, DataError (exit 3) when `real` is not a batch of images, OSError when the disk refuses, and
+    are not finite, DataError (exit 3) when `real` is not a batch of images, OSError when writing fails, and
     KdcliError (exit 2) for an opset that cannot be written, a network that cannot be traced or a batch size that is not
     free.
     """
@@ -72,7 +72,7 @@ def export_onnx(
     if batch is not None and batch < 1:
         raise KdcliError(f"batch {batch}: too small", hint="Give 1 or more, or leave it out for any batch size.")
 
-    path.touch()  # a folder that cannot be written should not cost a trace
+    path.touch()  # fails for an unwritable folder before the slow trace
     real = real.detach().to("cpu", torch.float32)
     random = parity.noise(real)
     student = copy.deepcopy(getattr(network, "_orig_mod", network)).to("cpu", torch.float32).eval()
@@ -129,13 +129,13 @@ def _trace(student: nn.Module, real: Tensor, batch: int | None, opset: int, outp
     if proto.ByteSize() > LARGEST:
         size = f"{proto.ByteSize() / 2**30:.1f} GiB"
         raise KdcliError(f"the student is {size}: one ONNX file holds 2 GiB", hint="Export a smaller student.")
-    # torch's exporter keeps opset 18, with no more than a warning, where it cannot convert
+    # where it cannot convert, torch's exporter only warns and keeps opset 18
     written = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     if written != opset:
         raise KdcliError(
             f"opset {opset}: this network could only be written as opset {written}", hint=f"Try `--opset {written}`."
         )
-    # a network that reshapes to the traced batch size has a free input all the same: its output shows it
+    # a network that reshapes to the traced batch size still has a free input, but not a free output
     if batch is None and not all(
         v.type.tensor_type.shape.dim[0].dim_param for v in (proto.graph.input[0], proto.graph.output[0])
     ):

@@ -12,7 +12,7 @@ from kdcli.errors import KdcliError, ParityError, WeightsError
 from kdcli.export.base import Runtime, Same
 
 RANDOM = 8  # images of noise, checked as well: they reach values that real images do not
-TIE = 2e-5  # two outputs this near, relative to the largest one, are one answer in float32
+TIE = 2e-5  # two outputs this near, relative to the largest one, are equal in float32
 DIFFERS = (
     "The exported file does not answer as the student does, so it was not kept. Try another `--opset`, or `--batch 1`."
 )
@@ -53,7 +53,7 @@ def compare(
     `wanted`: the network's outputs for the real images, then for the random ones. Raises ParityError (exit 5) when the
     difference is larger than `tolerance`, or a real image has another answer.
     """
-    # three batch sizes, which shows a batch size that only seemed to be free
+    # three batch sizes, to detect a batch size that only seems to be free
     given = torch.cat([runtime(real[:1]), runtime(real[1:]), runtime(random)])
 
     scale = max(wanted.abs().max().item(), 1e-12)

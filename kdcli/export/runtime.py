@@ -56,7 +56,7 @@ class OnnxModel:
         self.input_size: tuple[int, int] = (known[0], known[1])  # (height, width)
         self.batch: int | None = first if isinstance(first, int) else None
         classes = outputs[0].shape[1]
-        if not isinstance(classes, int):  # another exporter may leave it open: one image answers it
+        if not isinstance(classes, int):  # another exporter may leave it open: run a batch to find it
             classes = self.run(np.zeros((self.batch or 1, 3, *self.input_size), np.float32)).shape[1]
         self.num_classes: int = classes
 
@@ -147,6 +147,6 @@ def class_names(text: str) -> list[str] | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not blank, else its type's name."""
+    """The first non-blank line of an exception's message, else its type's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

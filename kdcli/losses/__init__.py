@@ -1,4 +1,4 @@
-"""The losses as pure functions of tensors, one file per kind of method; they import nothing of kdcli.
+"""The losses as pure functions of tensors, one file per kind of method; they import nothing from kdcli.
 
 The student comes first, then the mentor [B, K] or the mentors [M, B, K], then the target; hyper-parameters are
 keyword-only and have the names of the papers. Everything is computed in float32 and is finite, with a finite gradient,

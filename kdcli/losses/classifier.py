@@ -1,4 +1,4 @@
-"""OFA's loss of the logits that a stage's projector gives (Hao et al. 2023, arXiv 2310.19444)."""
+"""OFA's loss on the logits of a stage's projector (Hao et al. 2023, arXiv 2310.19444)."""
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int

@@ -107,7 +107,7 @@ def lambda_at(
 def budget_at(round_: int, *, budget_max: float, budget_min: float, period: int, decay: float = 1.0) -> float:
     """delta in round `round_` (from 0).
 
-    It falls along a half cosine and starts again, each time from `decay` times the height before. The paper keeps delta
+    It falls along a half cosine and starts again, each time from `decay` times the last start. The paper keeps delta
     constant; the authors' code goes from 0.6 to 0.4 in 20 rounds with decay 0.9.
     """
     top = budget_max * decay ** (round_ // period)

@@ -22,7 +22,7 @@ def entropy_weights(mentors: Float[Tensor, "M B K"]) -> Float[Tensor, "M B"]:
 def confidence_weights(cross_entropy: Float[Tensor, "M B"]) -> Float[Tensor, "M B"]:
     """w_m = (1 - softmax over teachers of their cross-entropy) / (M - 1); they sum to 1.
 
-    CA-MKD (Zhang et al. 2022, arXiv 2201.00007), for logits and for feature maps. Needs two teachers.
+    CA-MKD (Zhang et al. 2022, arXiv 2201.00007), for logits and for feature maps. Needs at least two teachers.
     """
     return (1 - cross_entropy.float().softmax(0)) / (cross_entropy.shape[0] - 1)
 
@@ -43,7 +43,7 @@ def least_norm_weights(
 ) -> Float[Tensor, " M"]:
     """The w that minimises |sum_m w_m g_m|^2 subject to sum w = 1 and 0 <= w_m <= C. AEKD (Du et al. 2020).
 
-    normalise: the gradients are first divided by their norms; then the solution is too, and is scaled to sum to 1.
+    normalise: the gradients are first divided by their norms, then the solution too, which is scaled to sum to 1.
     C * M must be at least 1, otherwise there is no solution. A primal-dual interior-point method with a fixed number of
     steps on an M x M system; if several w are optimal it ends between them, so that equal teachers have equal weights.
     """

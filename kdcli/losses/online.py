@@ -9,7 +9,7 @@ from torch import Tensor
 
 EPS = 1e-7
 """Added to the target's probabilities, as in the public code of DML, ONE, OKDDip and FFL: a gradient through the target
-has no logarithm of zero."""
+never takes the logarithm of zero."""
 
 
 def peer_loss(

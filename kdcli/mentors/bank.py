@@ -19,7 +19,7 @@ from kdcli.data.batch import moved
 from kdcli.errors import DataError
 from kdcli.mentors.bank_files import WITHOUT, close, hold, read_facts, record_of
 
-CHUNK = 2**16  # records checked at once when all are
+CHUNK = 2**16  # records checked at a time when all of them are
 PENDING = 64 * 2**20  # bytes of new records that may wait on a device
 
 
@@ -93,7 +93,7 @@ class Bank:
         return records, self.record.checksum(records, rows) == checks
 
     def put(self, rows: Int[Tensor, " n"], records: Int16[Tensor, "n W"]) -> None:
-        """Store new records, except those of row -1. On a device they wait for `flush`, or until they are many.
+        """Store new records, except those of row -1. On a device they wait for `flush`, or for PENDING bytes of them.
 
         Raises DataError for outputs beyond the range of float16.
         """
@@ -109,8 +109,8 @@ class Bank:
             self.flush()
 
     def flush(self) -> None:
-        """Write pending records to the files. The system brings them to the disk when it chooses: records that a power
-        cut loses fail their checksums."""
+        """Write pending records to the files. The operating system brings them to the disk later: records lost
+        in a power cut fail their checksums."""
         pending, self._pending, self._pending_bytes = self._pending, [], 0
         for rows, records in pending:
             records = records.cpu()
@@ -134,7 +134,7 @@ class Bank:
             self._valid[some] = checks == self.checks[some]
 
     def sample(self, count: int) -> Int[Tensor, " n"]:
-        """Up to `count` rows with valid records, drawn by a seed that is the bank's id."""
+        """Up to `count` rows with valid records, drawn with the bank's id as the seed."""
         stored = np.flatnonzero(self.checks.numpy())
         chosen = np.random.default_rng(int(self.id, 16)).choice(stored, min(count, len(stored)), replace=False)
         rows = torch.from_numpy(np.sort(chosen))

@@ -1,4 +1,4 @@
-"""A classroom's banks: which they are, opening them, checking that they are still true, filling them before a run."""
+"""The banks of a classroom: identified, opened, checked against the live mentors, and filled before a run."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from kdcli.system.interrupts import Signals, Stop
 from kdcli.system.sizes import plain
 
 SAMPLE = 64  # records of every bank that are computed again before it is trusted
-SHARE = {"fp32": 0.02, "fp16": 0.1, "bf16": 0.25}  # of the logits' spread: what other kernels change at a precision
+SHARE = {"fp32": 0.02, "fp16": 0.1, "bf16": 0.25}  # of the logits' spread: the change that other kernels cause
 
 
 def needed(classroom: Classroom, recipe: Recipe, precision: str) -> dict[str, dict[str, Any]]:
@@ -82,9 +82,9 @@ def _sha(what: str | bytes) -> str:
 
 
 def open_banks(classroom: Classroom, recipe: Recipe, precision: str) -> list[Bank]:
-    """Every mentor's bank, created if it does not exist; entered in the classroom's notes and `banks`.
+    """Every mentor's bank, created if it does not exist; recorded in the classroom's notes and `banks`.
 
-    On CUDA they are copied to the device if half of its free memory holds them.
+    On CUDA they are copied to the device if they fit in half of its free memory.
     Raises RecipeError where no bank is possible, DataError for a damaged one or too little disk space.
     """
     wanted = needed(classroom, recipe, precision)

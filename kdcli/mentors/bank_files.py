@@ -1,4 +1,4 @@
-"""Banks as folders: created with all their disk space, found, described and removed. `bank.py` reads their records."""
+"""Banks as folders: created with reserved disk space, found, described and removed. `bank.py` reads their records."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ except ImportError:  # Windows, which refuses to remove open files
     fcntl = None
 
 FORMAT = 1
-STALE = 3600.0  # seconds after which a folder that was never finished is a leftover
+STALE = 3600.0  # seconds after which an unfinished folder is a leftover
 ZEROS = 2**24  # bytes written at once to reserve space
 WITHOUT = "--set classroom.bank=false"
 
@@ -50,13 +50,13 @@ def bytes_of(identity: dict[str, Any]) -> int:
 
 
 def _sizes(identity: dict[str, Any]) -> dict[str, int]:
-    """A bank's files of records and checksums, with their bytes."""
+    """A bank's files of records and checksums, with their sizes in bytes."""
     rows = identity["samples"] * identity["views"]
     return {"answers.bin": rows * 2 * record_of(identity).words, "checks.bin": rows * 4}
 
 
 def create(identity: dict[str, Any], *, mentor: str, dataset: str) -> Path:
-    """An empty bank with all its space reserved: writing through a memory map to a disk that is full kills the process.
+    """An empty bank with all its space reserved: writing through a memory map to a full disk kills the process.
 
     Raises DataError when there is too little space or the folder cannot be written.
     """
@@ -141,7 +141,7 @@ def close(held: int | None) -> None:
 
 
 def in_use(path: Path) -> bool:
-    """Whether any process, this one included, holds the folder."""
+    """Whether any process, this one included, holds a lock on the folder."""
     if fcntl is None:
         return False
     file = os.open(path, os.O_RDONLY)

@@ -45,7 +45,7 @@ class Record:
         return torch.cat([x for x in self.unpack(records) if x is not None], 1).abs().amax(-1) < HALF  # NaN is not
 
     def checksum(self, records: Int16[Tensor, "n W"], rows: Int[Tensor, " n"]) -> Int32[Tensor, " n"]:
-        """32 bits of each record and its row, never 0; one change or move in 2^32 goes unseen.
+        """32 bits of each record and its row, never 0; one change or move in 2^32 is not detected.
 
         Multiply-shift hashing with 64-bit weights (Dietzfelbinger, STACS 1996).
         """

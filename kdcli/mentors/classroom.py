@@ -40,7 +40,7 @@ class Classroom:
 
 
 def build_classroom(recipe: Recipe, data: DataSet, device: torch.device, *, mentors: bool = True) -> Classroom:
-    """Resolve the recipe's names and load its mentors (frozen, in eval mode); without `mentors`, none.
+    """Resolve the recipe's names and load its mentors (frozen, in eval mode); none if `mentors` is false.
 
     Raises RecipeError for a name that no source has, WeightsError for weights that are missing or do not fit.
     """

@@ -16,7 +16,7 @@ from kdcli.models.outputs import Output
 from kdcli.system.device import dtype_of
 
 PROBES = 8  # random images for the parity check; oneDNN computes fewer than five in another order
-TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3}  # of the largest logit: far above rounding, far below a wrong net
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3}  # of the largest logit: far above rounding, far below a real error
 
 
 class Frozen:
@@ -48,7 +48,7 @@ class Frozen:
 
     def __call__(self, images: Float[Tensor, "B 3 H W"]) -> Output:
         if self.twin is None:
-            return Output(self._logits(images).clone())  # a backward pass cannot save tensors of inference mode
+            return Output(self._logits(images).clone())  # autograd cannot save inference tensors for a backward pass
         with torch.no_grad():  # not inference mode, for the same reason
             return tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, self.twin.see(images, self.needs))
 
@@ -101,7 +101,7 @@ def _folded(net: nn.Module) -> nn.Module | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return fuse(copied)
-    except Exception:  # torch.fx raises many kinds for control flow that depends on values
+    except Exception:  # torch.fx raises many types for control flow that depends on values
         return None
 
 

@@ -1,4 +1,4 @@
-"""The mentors' outputs for a batch: one call, however many there are and whatever runs them."""
+"""The mentors' outputs for a batch: one call for any number of mentors, computed live or read from banks."""
 
 import itertools
 import time
@@ -32,8 +32,8 @@ Tree = TypeVar("Tree")
 class Answers:
     """All mentors' outputs for a batch, the teacher first.
 
-    outputs: of the batch-norm-folded networks, or of whatever form serves every learner.
-    unfused: of networks whose features can be read, which round differently; None where `outputs` serves everyone.
+    outputs: from the batch-norm-folded networks, or from the one form that serves every learner.
+    unfused: from networks whose features can be read, which round differently; None if `outputs` serves every learner.
     """
 
     outputs: list[Output]
@@ -78,7 +78,7 @@ class Mentors:
         self.unfused = None
         if logits_only and self.needs and not banks:
             self.unfused, self.needs = Mentors(members, precision, device, workers=workers, needs=needs), NOTHING
-        if needs & {"maps", "pre"}:  # they take the memory that a look-ahead needs
+        if needs & {"maps", "pre"}:  # maps take the memory that a look-ahead needs
             self.ahead = 1
         self.frozen = [Frozen(member, precision, device, needs=self.needs) for member in members]
         if workers is None:
@@ -158,7 +158,7 @@ class Mentors:
     def run_fixed_batch(self, images: Float[Tensor, "B 3 H W"], which: Sequence[int]) -> list[Output]:
         """As `run`, padded to one fixed batch size, so that an image's output is bitwise independent of its neighbours.
 
-        On a CPU; CUDA's libraries promise no such thing.
+        This holds on a CPU; CUDA's libraries do not guarantee it.
         """
         size = FIXED_BATCH if self.device.type == "cpu" else len(images)
         short = -len(images) % size
@@ -192,7 +192,7 @@ class Mentors:
         return [Output(*bank.record.unpack(records)) for bank, (records, _) in zip(self.banks, found, strict=True)]
 
     def flush(self) -> None:
-        """Write records that wait on the device to the banks' files."""
+        """Write pending records on the device to the banks' files."""
         for bank in self.banks:
             bank.flush()
 
@@ -217,5 +217,5 @@ def joined(parts: Sequence[list[Output]]) -> list[Output]:
 
 
 def worth_compiling(members: list[Member], images: int) -> list[str]:
-    """The mentors that answer so many images that compiling pays back: by arithmetic, so the choice is reproducible."""
+    """The mentors for which compiling pays off over `images`: by arithmetic, so that the choice is reproducible."""
     return [member.name for member in members if member.count()[1] * images > COMPILE_PAYS]

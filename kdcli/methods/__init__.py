@@ -52,7 +52,7 @@ METHODS = {
     "shake": "kdcli.methods.shake:SHAKE",
 }
 WRAPPERS = {"tekap": "kdcli.methods.tekap:Perspectives"}
-"""Key among a method's options -> what that key puts around the method: true, or a table of the wrapper's options."""
+"""Option -> the wrapper that it puts around a method; its value is true or a table of the wrapper's options."""
 
 __all__ = [
     "ANY", "METHODS", "Lesson", "Method", "Need", "Option", "Output", "Phase", "SetupContext", "Temperature", "Terms",
@@ -79,7 +79,7 @@ def options(name: str) -> dict[str, Option]:
 
 
 def in_force(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The value of every option when some are given; those of a wrapper as `tekap.n` and so on."""
+    """The value of every option, given or default; a wrapper's options are named `tekap.n` and so on."""
     values = {key: option.default for key, option in options(name).items()} | given
     for key, path in WRAPPERS.items():
         table = values.pop(key, False)
@@ -93,7 +93,7 @@ def in_force(name: str, given: dict[str, Any]) -> dict[str, Any]:
 def build(name: str, given: dict[str, Any], where: str = "recipe") -> Method:
     """The method with its options; a key of WRAPPERS among them puts that wrapper around it.
 
-    where: what an error names before the key. Raises RecipeError that names the key, what is allowed and the nearest
+    where: the text before the key in errors. Raises RecipeError that names the key, what is allowed and the nearest
     option, and for a need or a task that does not exist.
     """
     cls, label = find(name), user_code.label(name)

@@ -95,8 +95,7 @@ class Lesson:
 class SetupContext:
     """What a method may use at `setup`.
 
-    new_student: creates another untrained student: new_student(seed, architecture), where the architecture None is the
-        student's.
+    new_student: new_student(seed, architecture) creates another untrained student; architecture None: the student's.
     """
 
     student: Member
@@ -116,7 +115,7 @@ class SetupContext:
 class Phase:
     """Consecutive epochs in which some of the learners are trained.
 
-    Phases with the same name are one training in pieces: its optimizer keeps its state, and its schedule spans the sum
+    Phases with the same name are one training in parts: its optimizer keeps its state, and its schedule spans the sum
     of their epochs.
     """
 
@@ -141,7 +140,7 @@ class Method(nn.Module):
     tasks: frozenset[str] = ANY
     """The tasks for which its equation is defined; others are refused."""
     teachers: int = 1
-    """The smallest number of mentors."""
+    """The smallest number of mentors it works with."""
     capturable: bool = True
     """Whether `loss` and `after` are the same arithmetic at every step, so that a CUDA graph may replay them: they read
     neither lesson.epoch nor lesson.step and change only tensors, in place."""

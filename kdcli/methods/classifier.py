@@ -25,8 +25,8 @@ class SRRL(Method):
     """Yang et al. 2021, "Knowledge distillation via softmax regression representation learning".
 
     The student's vectors, brought to the teacher's width by a linear connector with batch norm and ReLU (no bias),
-    have to equal the teacher's vectors and to give the teacher's logits in the teacher's classifier (mean squared
-    errors), in addition to the labels and KD.
+    are trained to match the teacher's vectors and, through the teacher's classifier, the teacher's logits (mean
+    squared errors), in addition to the labels and KD.
     """
 
     needs = frozenset({Need.POOLED, Need.PAIRS})

@@ -1,5 +1,5 @@
-"""Contrastive representation distillation: the student's vector has to match the teacher's vector of the same image,
-among the teacher's vectors of other classes."""
+"""Contrastive representation distillation: the student's vector is trained to match the teacher's vector of the same
+image among the teacher's vectors of other classes."""
 
 from typing import Annotated
 
@@ -87,7 +87,7 @@ class Contrast(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The student's part (`a` against the teacher's memory) and the teacher's part (`b` against the student's).
 
-        The very first call sets the normalisers.
+        The first call sets the normalisers.
         """
         n, k = self.n_data, self.nce_k
         mine = losses.log_scores(a, self.teacher_memory, rows, temperature=self.temperature)

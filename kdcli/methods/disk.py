@@ -34,10 +34,10 @@ FIRST_GUIDE_EPOCHS = 5  # guide epochs before the student's first round in the a
 class DiSK(Method):
     """Kag et al., "Scaffolding a student to instill knowledge", ICLR 2023, Eq. 1-6 and Algorithm 1.
 
-    In each round the guide, a small network on the teacher's pooled vectors and logits, learns `inner_epochs` epochs of
-    Eq. 5 with the student frozen; then the student learns as many with the guide frozen. `train.epochs` counts the
-    student's; with the guide's and `warm_epochs` a run has up to warm_epochs + 2 * train.epochs. The paper starts from
-    students trained on labels: name a trained one (`student = "NAME@RUN"`) or set warm_epochs.
+    In each round the guide, a small network on the teacher's pooled vectors and logits, is trained for `inner_epochs`
+    epochs on Eq. 5 with the student frozen; then the student for as many with the guide frozen. `train.epochs` counts
+    the student's; with the guide's and `warm_epochs` a run has up to warm_epochs + 2 * train.epochs. The paper starts
+    from students trained on labels: name a trained one (`student = "NAME@RUN"`) or set warm_epochs.
 
     variant: `official` selects the forms of the authors' code: the label in the mask, its target, max_ce = 5, the
         budget against the teacher's class, a term log(1 + K g), lambda without a special last period, five guide epochs
@@ -52,7 +52,7 @@ class DiSK(Method):
     moving: Tensor
 
     K: Count = 20
-    """The number of classes to which the guide adds its help, the teacher's best."""
+    """The number of the teacher's best classes to which the guide adds its help."""
     tau: Temperature = 4.0
     """Temperature of the teacher."""
     tau_s: Temperature | Literal["search"] | None = None
@@ -66,13 +66,13 @@ class DiSK(Method):
     period: Count = 50
     """Rounds over which the budget's weight rises; then it starts again."""
     budget: Weight | None = None
-    """delta; by default the student's error on the training set before the first round."""
+    """delta, the budget; by default the student's error on the training set before the first round."""
     budget_min: Weight | None = None
     """delta falls to this within budget_period rounds, then starts again; by default it is constant."""
     budget_period: Count = 20
     """Rounds over which delta falls."""
     budget_decay: Share = 1.0
-    """Each fall starts from this share of the height before."""
+    """Each fall starts from this share of the previous start."""
     normaliser: Literal["wrong", "batch"] = "wrong"
     """The budget's sum is divided by the number of wrong predictions (A.5) or by the batch (Eq. 3)."""
     inner_epochs: Count = 3

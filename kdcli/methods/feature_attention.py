@@ -19,7 +19,7 @@ class SMKD(Method):
 
     Query and value are 3x3 convolutions with batch norm on the student's map, the key is the teacher's map; maps of
     different sizes are pooled to the smaller one. The authors publish no weights for CIFAR: 0.2 with a weight of 1 for
-    the labels is ours.
+    the labels is our choice.
     """
 
     reads_logits = False

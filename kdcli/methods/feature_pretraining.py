@@ -114,8 +114,8 @@ class AB(Method):
 
     In the initial stage the student learns only from the teacher's pre-activation maps, through a 1x1 convolution with
     batch norm per stage; then from the labels (and KD, with `kd_weight`). Stages are paired from the last one
-    backwards, and each pair has half the weight of the next one; of a stage without a final activation (a transformer's
-    block) its map is used.
+    backwards, and each pair has half the weight of the next one; for a stage without a final activation (a
+    transformer's block) its map is used.
     """
 
     reads_logits = False

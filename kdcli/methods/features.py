@@ -49,7 +49,7 @@ class MapMethod(Method):
     reads_logits = False
     needs = frozenset({Need.MAPS})
     spatial: ClassVar[bool] = False
-    """Whether it compares the positions of a map with each other, so that a map of one position carries nothing."""
+    """Whether it compares the positions of a map with each other, so that a map of one position is useless."""
     option: ClassVar[str] = "taps"
     """The option that names the pairs."""
 

@@ -83,7 +83,7 @@ def docs(cls: type) -> dict[str, str]:
 def validated(label: str, options: dict[str, Option], given: dict[str, Any], where: str) -> dict[str, Any]:
     """The value of every option, given or default, checked against its annotation.
 
-    label: the method as an error calls it. where: what stands before `.KEY` in an error, `recipe.toml: method`.
+    label: the method's name in errors. where: the text before `.KEY` in errors, `recipe.toml: method`.
     Raises RecipeError for an unknown option, with the nearest name, and for a value that its type does not allow.
     """
     for key in given:

@@ -107,7 +107,7 @@ class DIST(Method):
 class WSLD(Method):
     """Zhou et al. 2021, weighted soft labels (arXiv 2102.00650); published on ImageNet.
 
-    The cross-entropies that weight the samples are without label smoothing.
+    The cross-entropies that weight the samples have no label smoothing.
     """
 
     tasks = frozenset({"classify"})
@@ -129,7 +129,7 @@ class CTKD(Method):
 
     T = t_start + t_end * sigmoid(r), in (1, 21) by default. r learns with the student's optimizer, but its gradient is
     multiplied by a cosine from decay_max to decay_min over the first decay_loops epochs (counted from 1), so that in
-    the end it makes the student's task as hard as it can. r starts at 1 (T = 15.6) and, as in the authors' code, has
+    the end T makes the student's task as hard as possible. r starts at 1 (T = 15.6) and, as in the authors' code, has
     weight decay like every other parameter, which draws T towards the middle of its range;
     `train.decay_norm_and_bias = false` exempts it.
     """
@@ -204,7 +204,7 @@ class MLKD(Method):
     """Jin et al. 2023, Multi-level Logit Distillation (CVPR 2023).
 
     Three levels, each summed over the temperatures: the KL of every image, the similarities of the samples of a batch,
-    the similarities of the classes; each of the weak view and of the strong one (RandAugment, two operations of
+    the similarities of the classes; each for the weak view and for the strong one (RandAugment, two operations of
     magnitude 10). The many terms add up to a large loss: the authors halve the learning rate (0.025 instead of 0.05).
     variant: `paper` is that equation on both views, without masks. `official` is what the authors' code computes: the
         strong view's instance term only at 3, 4 and 5, with the weak view's a second time at the other temperatures;

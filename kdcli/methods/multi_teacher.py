@@ -17,7 +17,7 @@ from kdcli.models.split import Tail
 
 
 class EBKD(Method):
-    """Kwon et al. 2020, "Adaptive Knowledge Distillation Based on Entropy": certain teachers have more weight.
+    """Kwon et al. 2020, "Adaptive Knowledge Distillation Based on Entropy": confident teachers have more weight.
 
     As in the public code, the weights sum to M - 1 and the mean over teachers is taken, so that all teachers together
     have the weight (M - 1) / M.
@@ -42,9 +42,9 @@ class EBKD(Method):
 class CAMKD(Method):
     """Zhang et al. 2022, "Confidence-Aware Multi-Teacher Knowledge Distillation" (arXiv 2201.00007).
 
-    The student's map, projected to a teacher's, is judged by what that teacher makes of its own last map, frozen and in
-    eval mode. Each teacher's map is compared with the student's original map: the authors' code continues with the copy
-    that it resized for the teacher before.
+    The feature part weights each teacher by the cross-entropy of the student's projected map in that teacher's layers
+    after its last map, frozen and in eval mode. Each teacher's map is compared with the student's original map; the
+    authors' code instead reuses the copy that it resized for the previous teacher.
     """
 
     tasks = frozenset({"classify"})

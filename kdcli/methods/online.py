@@ -1,7 +1,7 @@
 """Students that teach each other, without a mentor: DML, ONE, OKDDip, FFL.
 
 In the branch form (`form = "branches"`, ONE always) all share the student's first layers, and each has its own copy of
-the rest of the network, from other initial weights; the first is the student itself. In the network form each is a
+the rest of the network, with its own initial weights; the first is the student itself. In the network form each is a
 whole network. FFM (Li et al. 2020) is missing: its fusion layers and its diversity term are not published.
 """
 
@@ -43,7 +43,7 @@ class Cohort(Method):
     def gather(
         self, others: int, *, branching: bool, needs: set[Need], cohort: tuple[str, ...] = (), ramp_epochs: float = 0.0
     ) -> None:
-        """Fix who learns. Called by `__init__`.
+        """Set the learners. Called by `__init__`.
 
         others: the number of students without the student itself; `cohort` names their architectures instead.
         branching: whether they are branches of the student. needs: what the equation reads of every student.
@@ -161,7 +161,7 @@ class ONE(Cohort):
     ramp_epochs: Ramp = 80.0
     """Epochs over which the teaching grows to its full weight; 0: none."""
     keep: Annotated[int, Field(ge=0)] = 0
-    """The branch that is evaluated and ships, counted from 0, the student's own."""
+    """The branch that is evaluated and ships, counted from 0 (the student's own)."""
     split: str = "auto"
     """The stage after which the branches part; `auto`: the last but one."""
 
@@ -195,7 +195,7 @@ class OKDDip(Cohort):
     """Chen et al. 2020, "Online Knowledge Distillation with Diverse Peers" (arXiv 1912.00350).
 
     Each peer learns from its own mixture of all peers' logits, weighted by an attention that is trained through these
-    targets; the leader, which is the student and alone ships, learns from their plain mean.
+    targets; the leader, which is the student and the only one shipped, learns from their mean.
     """
 
     runs_networks = True
@@ -246,8 +246,8 @@ class FFL(Cohort):
     """Kim et al. 2020, "Feature Fusion for Online Mutual Knowledge Distillation" (arXiv 1904.09058).
 
     The students' last maps are fused, and the classifier of the fusion teaches each student; the mean of their logits
-    teaches the classifier, which is never shipped. One optimizer for all: the authors use less weight decay for the
-    fusion.
+    teaches the classifier, which is never shipped. One optimizer trains all; the authors use less weight decay
+    for the fusion.
     """
 
     runs_networks = True
@@ -267,7 +267,7 @@ class FFL(Cohort):
     ramp_epochs: Ramp = 80.0
     """Epochs over which the teaching grows to its full weight; 0: none."""
     keep: Annotated[int, Field(ge=0)] = 0
-    """The student that is evaluated and ships, counted from 0, the student itself."""
+    """The student that is evaluated and ships, counted from 0 (the student itself)."""
     split: str = "auto"
     """The stage after which the branches part; `auto`: the last but one."""
 

@@ -52,7 +52,7 @@ class Perspectives(Method):
 
     @classmethod
     def around(cls, method: Method, label: str, given: Any, where: str) -> Method:
-        """This around the method called `label`: `given` is true or a table of options. Raises RecipeError."""
+        """The wrapper around the method called `label`; `given` is true or a table of options. Raises RecipeError."""
         if not isinstance(given, bool | dict):
             raise RecipeError(
                 f"{where}: true, or a table of its options (given {given!r})",

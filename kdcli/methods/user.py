@@ -11,7 +11,7 @@ from kdcli.system.user_code import PRIVATE, file_of, read, words
 
 
 def load(name: str) -> type[Method]:
-    """The class `file.py:Class`; the file runs once for each content, as a module with a private name.
+    """The class `file.py:Class`; the file runs once per content, as a module with a private name.
 
     Raises RecipeError for a file that cannot be read or run, and for a class that is missing or is not a method.
     """

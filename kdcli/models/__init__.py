@@ -1,1 +1,1 @@
-"""Models: names to networks, their weights and cards, what is read of a network, the zoo's CIFAR networks (`cifar`)."""
+"""Models: names to networks, weights and cards, what is read from a network, the zoo's CIFAR networks (`cifar`)."""

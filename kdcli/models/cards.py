@@ -39,7 +39,7 @@ class Card(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str  # for people: `cifar_resnet20 on cifar100`
+    name: str  # human-readable: `cifar_resnet20 on cifar100`
     architecture: str  # with its source: `zoo:cifar_resnet20`
     dataset: str  # cifar100
     data_hash: str = ""  # content hash of the data set it was trained on; empty: unknown, and never matched
@@ -64,7 +64,7 @@ class Card(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_earlier_form(cls, table: Any) -> Any:
-        """Cards of earlier versions have one metric, classification's primary one, as a key at the top."""
+        """Cards of earlier versions have one metric, classification's primary one, as a top-level key."""
         metric = TASKS["classify"].metrics[0].name
         if not isinstance(table, dict) or metric not in table:
             return table
@@ -74,7 +74,7 @@ class Card(BaseModel):
 
     @model_validator(mode="after")
     def _check_score(self) -> Self:
-        """Only the task's metrics, and percentages from 0 to 100."""
+        """Allow only the task's metrics, and percentages from 0 to 100."""
         if self.task not in TASKS:
             raise ValueError(f"task: no task called {self.task!r}. {did_you_mean(self.task, TASKS)}")
         metrics = {metric.name: metric for metric in TASKS[self.task].metrics}
@@ -200,7 +200,7 @@ def weights_path(card: Card) -> Path | None:
 
 
 def verify(card: Card) -> tuple[Literal["ok", "changed", "missing"], str]:
-    """Whether the weights next to a card are those it was written for; with the path or what is wrong."""
+    """Whether the weights next to a card are those it was written for, and the path or what is wrong."""
     path = weights_path(card)
     if path is None:
         return "missing", f"no weights next to {card.path}"
@@ -211,7 +211,7 @@ def verify(card: Card) -> tuple[Literal["ok", "changed", "missing"], str]:
 
 
 def identify(path: Path) -> Card | None:
-    """The shipped card with this file's sha256; they describe public checkpoints, which do not ship with kdcli."""
+    """The shipped card with this file's sha256; these describe public checkpoints, which do not ship with kdcli."""
     known = {card.sha256: card for card in cards(user=False) if card.sha256}
     return known.get(file_hash(path)) if known and path.is_file() else None
 

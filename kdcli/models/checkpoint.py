@@ -1,6 +1,6 @@
 """Checkpoints: read a file safely, load a network strictly, identify weights by their content.
 
-Most of it is messages: every kind of broken file has one.
+Most of the code is error messages: every kind of broken file has one.
 """
 
 import hashlib
@@ -145,7 +145,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], *, arch: str, where: st
             hint="Its training diverged; use an earlier epoch.",
         )
     ready: OrderedDict[str, Tensor] = OrderedDict(given)
-    ready._metadata = getattr(target, "_metadata", {})  # pyright: ignore  # layout versions: mnasnet refuses without
+    ready._metadata = getattr(target, "_metadata", {})  # pyright: ignore  # layout versions: mnasnet needs them
     module.load_state_dict(ready, strict=True)
 
 
@@ -167,7 +167,7 @@ def renamed(arch: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         from kdcli.models.cifar import translate
 
         return translate(bare, state)
-    if bare in ("googlenet", "inception_v3"):  # without the auxiliary heads, which kdcli builds them without
+    if bare in ("googlenet", "inception_v3"):  # kdcli builds them without auxiliary heads
         return {k: v for k, v in state.items() if not k.startswith(("aux1.", "aux2.", "AuxLogits."))}
     return state
 

@@ -12,7 +12,7 @@ ClassMap = str | dict[str, str | int]
 
 
 def map_classes(name: ModelName, net: Net, data: Data, class_map: ClassMap) -> Tensor | None:
-    """For every class of the data its column in the mentor's output [K], or None where the classes are the same.
+    """The column of every class of the data in the mentor's output [K], or None where the classes are the same.
 
     Raises WeightsError when the counts differ and the map is off, or a class has no counterpart.
     """
@@ -62,5 +62,5 @@ def map_classes(name: ModelName, net: Net, data: Data, class_map: ClassMap) -> T
 
 
 def same_name(label: str) -> str:
-    """A class name as it is compared: lower case, `_` and `-` as spaces."""
+    """A class name normalised for comparison: lower case, `_` and `-` as spaces."""
     return label.lower().replace("_", " ").replace("-", " ").strip()

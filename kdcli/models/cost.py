@@ -35,7 +35,7 @@ def facts(name: ModelName, num_classes: int | None = None, image_size: int | Siz
 def count(module: "nn.Module", input_size: Size) -> tuple[int, int]:
     """All parameters, and the multiply-adds of one image [1,3,H,W] in eval mode.
 
-    Convolutions, matrix products and attention as torch.utils.flop_counter counts them, two operations to a
+    Convolutions, matrix products and attention as torch.utils.flop_counter counts them, two operations per
     multiply-add. `module` is not touched: a copy on the meta device, without memory, is counted.
     """
     import copy

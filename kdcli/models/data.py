@@ -1,4 +1,4 @@
-"""What a network must know of the data set it is built for."""
+"""The properties of a data set that building a network requires."""
 
 from typing import Protocol
 

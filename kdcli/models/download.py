@@ -1,4 +1,4 @@
-"""Downloads of pretrained weights: bounded in time, and every failure one error with its cure."""
+"""Downloads of pretrained weights: bounded in time, every failure raised as one error with a hint."""
 
 import socket
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ PATIENCE = 10.0  # seconds without a byte from the server before a download fail
 
 @contextmanager
 def downloading(name: ModelName, cache: str) -> Iterator[None]:
-    """Raise WeightsError (exit 3) for whatever a download raises, and never wait without end.
+    """Raise WeightsError (exit 3) for whatever a download raises, and never wait forever.
 
     cache: the environment variable that names the library's cache folder.
     """
@@ -37,7 +37,7 @@ def downloading(name: ModelName, cache: str) -> Iterator[None]:
 def hub_reached(hub_id: str | None, filename: str | None) -> Iterator[None]:
     """Contact the Hugging Face hub once before its client does: without a network the client retries for a minute.
 
-    hub_id: `OWNER/NAME`, with `@REVISION` after it or not; None: nothing comes from the hub. A file in the hub's cache
+    hub_id: `OWNER/NAME`, with an optional `@REVISION`; None: nothing comes from the hub. A file in the hub's cache
     is read without contacting the hub.
     """
     if not hub_id:

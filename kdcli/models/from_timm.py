@@ -74,7 +74,7 @@ def _config(arch: str) -> Any:
 
 
 def _imagenet_labels(config: Any) -> tuple[list[str] | None, list[str] | None]:
-    """Descriptions and WordNet ids of the outputs; None for weights of no ImageNet subset that timm lists."""
+    """Descriptions and WordNet ids of the outputs; None unless they are those of an ImageNet subset in timm."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset(config.to_dict())

@@ -30,7 +30,7 @@ def names_weights(name: ModelName) -> bool:
 
 
 def weights_of(name: ModelName) -> Any:
-    """The weights that a name asks for (`@IMAGENET1K_V1`), else the library's default; None where it has none."""
+    """The weights that a name specifies (`@IMAGENET1K_V1`), else the library's default; None where it has none."""
     import torchvision
 
     every = torchvision.models.get_model_weights(name.arch)
@@ -84,7 +84,7 @@ def create(name: ModelName, num_classes: int | None, *, pretrained: bool) -> Net
 
 
 def _pretrained(arch: str, weights: Any, options: dict[str, Any]) -> "nn.Module":
-    """The network with its weights, from torchvision's cache or the network; a broken file is named."""
+    """The network with its weights, from torchvision's cache or the internet; an error names a broken file."""
     import torch
     from torchvision.models import get_model
 
@@ -106,7 +106,7 @@ def _pretrained(arch: str, weights: Any, options: dict[str, Any]) -> "nn.Module"
 
 
 def _with_fresh_head(trained: "nn.Module", fresh: "nn.Module", classes: int, count: int) -> "nn.Module":
-    """`fresh` with the tensors of `trained`, but for the head's (`classes` rows in one, `count` in the other)."""
+    """`fresh` with the tensors of `trained`, except the head's (`classes` rows in one, `count` in the other)."""
     state, target = trained.state_dict(), fresh.state_dict()
     for key, value in target.items():
         if state[key].shape == value.shape:

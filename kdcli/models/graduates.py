@@ -144,6 +144,6 @@ def _idle(net: nn.Module, taps: Taps, image_size: Size) -> dict[str, nn.Module]:
 
 
 def _blank(net: nn.Module, image_size: Size) -> Float[Tensor, "2 3 H W"]:
-    """Two inputs of zeros, of the network's device and type."""
+    """Two inputs of zeros, on the network's device and in its dtype."""
     like = next(net.parameters())
     return torch.zeros(2, 3, *image_size, device=like.device, dtype=like.dtype)

@@ -17,7 +17,7 @@ from kdcli.system.sizes import Size
 
 NOTHING: frozenset[str] = frozenset()
 FEATURES = frozenset({"pooled", "maps", "pre"})
-"""What a forward pass can return besides `out`: those of a method's needs that are read of a network."""
+"""What a forward pass can return besides `out`: those of a method's needs that are read from a network."""
 
 
 class Member(nn.Module):
@@ -27,8 +27,8 @@ class Member(nn.Module):
     `class_index` [K] holds the columns of the network's output that are the data's classes; None where all are.
 
     `pooled` vectors, `head`, `width`, `classify` and `check_head` are those of a network that ends in one linear
-    classifier over pooled features: networks with another kind of head have none, and methods that need them refuse
-    such networks by name.
+    classifier over pooled features: networks with another kind of head have none, and methods that need them raise
+    an error naming the network.
     """
 
     mean_: Tensor
@@ -60,7 +60,7 @@ class Member(nn.Module):
         self.register_buffer("mean_", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std_", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("class_index", class_index, persistent=False)
-        self._pooled: dict[int, Tensor | None] = {}  # by thread, for threads may share one mentor
+        self._pooled: dict[int, Tensor | None] = {}  # by thread, since threads may share one mentor
         self._head: list[nn.Module] = []  # in a list, so that its parameters are not registered twice
         self._taps: dict[bool, Taps] = {}  # by whether they include the maps before activations
 
@@ -101,10 +101,10 @@ class Member(nn.Module):
         return out if self.class_index is None else out.index_select(-1, self.class_index)
 
     def see(self, images: Float[Tensor, "B 3 H W"], needs: frozenset[str] = NOTHING) -> Output:
-        """The network's Output to images [B, 3, H, W] in [0, 1], with those of FEATURES that `needs` names.
+        """The network's Output for images [B, 3, H, W] in [0, 1], with the FEATURES in `needs`.
 
         pooled: penultimate vectors [B, D], the input of the last linear layer, averaged over positions or tokens.
-        maps: by tap (`models/taps.py`); pre: those before each stage's last activation too.
+        maps: by tap (`models/taps.py`); pre: also those before each stage's last activation.
         Raises WeightsError for a network without a last linear layer, or whose maps cannot be read.
         """
         needs &= FEATURES
@@ -159,7 +159,7 @@ class Member(nn.Module):
 
     @torch.no_grad()
     def taps(self) -> dict[str, tuple[int, ...]]:
-        """Everything that a method can read of this network, by name, with its shape for one image."""
+        """Everything that a method can read from this network, by name, with its shape for one image."""
         needs, training = frozenset({"maps", "pooled"}), self.training
         images = torch.zeros(2, 3, *self.input_size, device=self.mean_.device)
         output = self.eval().see(images, needs)

@@ -1,4 +1,4 @@
-"""A model's name once it is resolved, and the network that it names."""
+"""A resolved model name, and the network that it names."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

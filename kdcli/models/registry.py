@@ -56,7 +56,7 @@ def create(name: ModelName, num_classes: int | None, *, pretrained: bool = False
     """Build the network with `num_classes` outputs (None: the library's count), in float32 on the CPU.
 
     `pretrained` loads the library's weights from its cache or the network; with another class count the head is fresh
-    and `Net.fresh_head` says so. Raises WeightsError (exit 3) when they cannot be had, within seconds when offline.
+    and `Net.fresh_head` says so. Raises WeightsError (exit 3) when they are unavailable, within seconds when offline.
     """
     trained = pretrained_classes(name)
     if pretrained and trained is None:
@@ -95,12 +95,12 @@ def _names(source: str, *, tags: bool = False) -> list[str]:
 
 
 def _exact(arch: str, sources: tuple[str, ...]) -> tuple[str, str] | None:
-    """(source, architecture) of the first source that spells it so."""
+    """(source, architecture) of the first source with exactly this spelling."""
     zoo = _names("zoo")
     if sources == ("zoo",) and f"{ZOO_PREFIX}{arch}" in zoo:
         return "zoo", f"{ZOO_PREFIX}{arch}"  # `zoo:resnet20`: the source stands for the prefix
     if arch in zoo and "torchvision" not in sources[:1]:
-        return "zoo", arch  # `timm:cifar_resnet20` too: it is registered there, and still the zoo's
+        return "zoo", arch  # `timm:cifar_resnet20` too: registered with timm, but the zoo's
     for source in sources:
         if arch in _names(source, tags="." in arch):
             return source, arch
@@ -108,7 +108,7 @@ def _exact(arch: str, sources: tuple[str, ...]) -> tuple[str, str] | None:
 
 
 def _loose(arch: str, sources: tuple[str, ...], spec: str) -> tuple[str, str] | None:
-    """(source, architecture) of the only name that is the same but for case, `_`, `-` and `.`."""
+    """(source, architecture) of the only name that differs at most in case, `_`, `-` and `.`."""
     wanted = _folded(arch)
     hits = [(source, name) for source in sources for name in _names(source, tags=True) if _folded(name) == wanted]
     if not hits and sources == ("zoo",):

@@ -1,4 +1,4 @@
-"""The tail of a network after one of its stages: what branches that share a beginning are made of."""
+"""The tail of a network after one of its stages, from which branches that share their first layers are built."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ class Tail:
     the classifier are averaged; the last is None where no step of the network returns that map. It runs the network's
     modules and follows its training mode.
 
-    net: in any mode and on any device, which stay as they are. head: its linear classifier. size: (height, width) of
+    net: in any mode and on any device; both are kept. head: its linear classifier. size: (height, width) of
     its input in pixels. name: for messages. after: a tap, `stage2`.
     Raises RecipeError (exit 2) for a network that cannot be divided after that stage.
     """
@@ -50,7 +50,7 @@ class Tail:
         return out, vectors, last
 
     def share_beginning(self, other: nn.Module) -> None:
-        """Replace every tensor of the network that is not in the tail by `other`'s: both then hold the same ones."""
+        """Replace every tensor of the network that is not in the tail by `other`'s, so that both share them."""
         in_tail = {id(x) for x in (*self.graphs[False].parameters(), *self.graphs[False].buffers())}
         for path, module in self.net.named_modules():
             source = other.get_submodule(path)
@@ -63,8 +63,8 @@ class Tail:
     def _find(self, net: nn.Module, size: Size, name: str, after: str) -> tuple[int, int | None, list[str]]:
         """The numbers of the steps that return the stage's map and the last stage's, and all steps of the network.
 
-        A step is recognised by the tensor it returns. In a fresh network a residual block may return its input, so
-        norms and scales are random meanwhile.
+        A step is recognised by the tensor it returns. In an untrained network a residual block may return its
+        input, so norms and scales are random meanwhile.
         """
         scales = [(p, p.clone()) for p in net.eval().parameters() if p.ndim == 1]
         for p, _ in scales:
@@ -85,7 +85,7 @@ class Tail:
 
     @torch.no_grad()
     def _check(self, net: nn.Module, size: Size, name: str, after: str) -> None:
-        """Raise unless the tail of the stage's map equals the network."""
+        """Raise RecipeError unless the tail, applied to the stage's map, gives the network's output."""
         x = probe(net, size)
         plain, (_, maps) = net(x), Taps(net, size, name)(x)
         before = maps[after].clone()

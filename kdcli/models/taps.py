@@ -35,7 +35,7 @@ class Taps:
 
     size: (height, width) of the network's input in pixels. name: for messages.
     pre: also the input of each stage's last activation, as `stage1.pre` and so on; for a stage that does not end in an
-        activation (a linear bottleneck, a transformer's block) the stage's map again.
+        activation (a linear bottleneck, a transformer's block) the stage's map itself.
     Raises WeightsError (exit 3) for a network whose maps cannot be read.
     """
 
@@ -64,7 +64,7 @@ class Taps:
         return out, named | {f"stage{n}{PRE}": x for n, x in enumerate(before, 1)}
 
     def _check(self, size: Size) -> None:
-        """Raise unless the output with maps equals the network's."""
+        """Raise WeightsError unless the output with maps equals the network's."""
         x = probe(self.net, size)
         out, maps = self(x)
         plain = self.net(x)
@@ -75,7 +75,7 @@ class Taps:
 
 
 def probe(net: nn.Module, size: Size) -> Float[Tensor, "2 3 H W"]:
-    """Two fixed random inputs of that size, of the network's device and type."""
+    """Two fixed random inputs of that size, on the network's device and in its dtype."""
     like = next(net.parameters())
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
@@ -88,7 +88,7 @@ def _unreadable(name: str, why: str) -> WeightsError:
 
 
 def _reader(net: nn.Module, size: Size, name: str) -> "_Intermediates | _Extracted":
-    """What reads this network's maps."""
+    """The reader of this network's maps."""
     if hasattr(net, "forward_intermediates") and hasattr(net, "forward_head"):
         return _Intermediates(net, size)
     try:
@@ -100,7 +100,7 @@ def _reader(net: nn.Module, size: Size, name: str) -> "_Intermediates | _Extract
 
 
 def _chosen(sizes: list[tuple[int, ...]]) -> list[int]:
-    """Which of a network's maps are its stages: the last four; the ends of its quarters if all have one size."""
+    """Which of a network's maps are its stages: the last four, or the last of each quarter if all have one size."""
     n = len(sizes)
     if n > STAGES and len(set(sizes)) == 1:
         return [math.ceil(n * quarter / STAGES) - 1 for quarter in range(1, STAGES + 1)]
@@ -161,7 +161,7 @@ class _Extracted:
 
 def _blocks(net: nn.Module, nodes: list[str]) -> list[str]:
     """The modules whose outputs may be stages: the network's children and theirs (`layer1`, `features.3`), without the
-    classifier. Deeper modules are inside a block, whose outputs are not yet a stage's."""
+    classifier. Deeper modules are inside a block, so their outputs are not a stage's."""
     paths = [path for path, _ in net.named_modules() if 0 < path.count(".") + 1 <= DEPTH]
     parts = [path for path in paths if path.partition(".")[0] not in ("classifier", "fc", "head", "heads")]
     return [path for path in parts if path and any(f"{node}.".startswith(f"{path}.") for node in nodes)]

@@ -33,7 +33,7 @@ def choose(
 ) -> Found:
     """Which weights a network of the classroom starts from (DESIGN section 3, "Names").
 
-    `@path`, `@RUN`, `@RUN#epoch`, `@pretrained`, `@none`; left out, a student starts from scratch and a mentor takes
+    `@path`, `@RUN`, `@RUN#epoch`, `@pretrained`, `@none`; without `@` a student starts from scratch and a mentor takes
     the zoo's newest for this data set, else the library's pretrained weights when the class count fits.
 
     mapped: a class map applies, so a mentor's class count may differ. runs: the folder of runs.
@@ -92,7 +92,7 @@ def _pretrained(name: ModelName, data: Data, role: str, mapped: bool) -> Found:
 
 
 def _named(name: ModelName, given: str, runs: Path) -> Found:
-    """What `@...` names: a file of weights, or a run and perhaps one of its epochs."""
+    """What `@...` names: a file of weights, or a run and optionally one of its epochs."""
     path = Path(given).expanduser()
     if path.is_file():
         written = path.suffix == ".safetensors" and path.with_suffix(".toml").is_file()
@@ -104,7 +104,7 @@ def _named(name: ModelName, given: str, runs: Path) -> Found:
     folder = next((f for f in (Path(run).expanduser(), runs / run) if f.is_dir()), None)
     if folder is None:
         if path.suffix or path.parent != Path("."):
-            load_state(path)  # raises, with what is wrong with the path
+            load_state(path)  # raises the error that describes what is wrong with the path
         known = [p.name for p in runs.glob("*") if p.is_dir()] if runs.is_dir() else []
         raise WeightsError(
             f"{name.typed}: {given!r} is neither a file nor a run in {runs}",
@@ -131,7 +131,7 @@ def _from_run(name: ModelName, folder: Path, epoch: int | None) -> Found:
         )
     if path.with_suffix(".toml").is_file():
         card = cards.read_card(path.with_suffix(".toml"))
-    elif last.with_suffix(".toml").is_file():  # an epoch without a card: the run's card, but for its score and hash
+    elif last.with_suffix(".toml").is_file():  # an epoch without a card: the run's card without its score and hash
         card = cards.read_card(last.with_suffix(".toml"))
         card = card.model_copy(update={"epoch": epoch, "score": {}, "sha256": "", "file": path.name})
     else:
@@ -140,7 +140,7 @@ def _from_run(name: ModelName, folder: Path, epoch: int | None) -> Found:
 
 
 def _with_card(name: ModelName, path: Path, card: Card, origin: str) -> Found:
-    """Weights with a card, once the card's architecture and sha256 agree with the name and the file."""
+    """Weights with a card, after checking its architecture and sha256 against the name and the file."""
     if not cards.same_architecture(name.full, card.architecture):
         right = card.architecture.removeprefix("zoo:")
         raise WeightsError(f"{path} is a {right}, not a {name.arch}", hint=f"Write {right}@{name.weights or path}")

@@ -87,7 +87,7 @@ class CifarNet(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Kaiming-normal convolutions (fan-out), as in the CIFAR benchmark's code; residual norms start at one."""
+        """Kaiming-normal convolutions (fan-out), as in the CIFAR benchmark's code; all batch norms start at one."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -110,7 +110,7 @@ class CifarNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Set a fresh classifier for `num_classes` (0: none), and another pooling if one is named."""
+        """Set a new classifier for `num_classes` (0: none), and another pooling if one is named."""
         self.num_classes = num_classes
         before = next(self.stem.parameters())
         self._set_classifier(self.global_pool.pool_type if global_pool is None else global_pool)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdcli.models.cifar.base import CifarNet, Stage, conv_bn, register
 
-# Table 2 of the paper: (expansion, channels, blocks, stride), gathered into stages where the map has one size.
+# Table 2 of the paper: (expansion, channels, blocks, stride), grouped into stages by the map's size.
 STAGES = (
     ((1, 16, 1, 1), (6, 24, 2, 1)),
     ((6, 32, 3, 2),),

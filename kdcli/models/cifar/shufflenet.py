@@ -75,7 +75,7 @@ class DownUnit(nn.Module):
 
 
 class _ShuffleNet(CifarNet):
-    """Both versions."""
+    """The base of both versions."""
 
     def init_weights(self) -> None:
         """PyTorch's default initialisation, which the benchmark's code keeps for these two networks."""
