@@ -1,6 +1,6 @@
-"""Every way kdcli can refuse: what was wrong, where, what is allowed, and the cure, with one exit code each.
+"""The errors of kdcli: each says what is wrong, where and how to fix it, and has an exit code.
 
-DESIGN section 7: 0 done, 2 usage or recipe, 3 data or weights missing or broken, 4 training diverged,
+Exit codes: 0 done, 2 usage or recipe, 3 data or weights missing or broken, 4 training diverged,
 5 export failed its parity check, 130 interrupted (resumable).
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class KdcliError(Exception):
-    """A refusal the user can act on. `message` says what and where, `hint` what to do about it."""
+    """An error the user can act on. `message` says what and where, `hint` what to do about it."""
 
     exit_code = 2
 
@@ -20,11 +20,11 @@ class KdcliError(Exception):
 
 
 class RecipeError(KdcliError):
-    """A recipe, a flag or a name that means nothing (exit 2)."""
+    """A recipe, a flag or a name that is not valid (exit 2)."""
 
 
 class DataError(KdcliError):
-    """Pictures that are missing, broken or do not fit (exit 3)."""
+    """Images that are missing, broken or do not fit, or a file that cannot be written (exit 3)."""
 
     exit_code = 3
 
@@ -36,7 +36,7 @@ class WeightsError(KdcliError):
 
 
 class DivergedError(KdcliError):
-    """A loss that is no longer a number (exit 4)."""
+    """A loss that is no longer finite (exit 4)."""
 
     exit_code = 4
 
@@ -48,13 +48,13 @@ class OutOfMemory(KdcliError):
 
 
 class ParityError(KdcliError):
-    """An exported file that does not answer as the student does (exit 5)."""
+    """An exported file whose outputs differ from the student's (exit 5)."""
 
     exit_code = 5
 
 
 class LockedError(KdcliError):
-    """A run that another process is writing (exit 2)."""
+    """A folder that another process is writing to (exit 2)."""
 
 
 class InterruptedRun(KdcliError):
@@ -64,7 +64,7 @@ class InterruptedRun(KdcliError):
 
 
 def nearest(name: str, allowed: Iterable[str], n: int = 3) -> list[str]:
-    """The up to `n` names of `allowed` that `name` most resembles, best first; may be empty."""
+    """Up to `n` names of `allowed` that resemble `name` most, best first; may be empty."""
     folded: dict[str, str] = {}
     for option in allowed:
         folded.setdefault(option.lower(), option)
@@ -72,7 +72,7 @@ def nearest(name: str, allowed: Iterable[str], n: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """A sentence naming the nearest of `allowed`, or all of them when none is near and they are few."""
+    """A sentence with the nearest of `allowed`; if none is near, with all, or empty for more than 20."""
     options = list(allowed)
     hits = nearest(name, options)
     if hits:

@@ -1,4 +1,4 @@
-"""The recipe: the TOML file that says everything a run needs, checked strictly, extended and overridden by key."""
+"""The recipe: a TOML file with every setting of a run, checked strictly; extended and overridden by key."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from kdcli.system.paths import shipped
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 STAGE = "@stage:"
-"""What the name of a stage's graduate begins with, wherever a network is named."""
+"""Prefix of a stage's graduate, `@stage:NAME`, wherever a network is named."""
 NAMED = ("student", "teacher", "peers")
 REMOVED = {
     "classroom.bank_top": "--set data.views=8 limits a bank's size; --set classroom.bank=false runs without one.",
@@ -40,17 +40,17 @@ class DataConfig(Section):
     root: str | None = None  # where downloads and bare names are looked for; default KDCLI_DATA, then KDCLI_HOME/data
     image_size: int | tuple[int, int] | None = None  # pixels of a square, or [height, width]; default the data set's
     augment: str = "auto"  # a preset's name; auto: the data set's own
-    views: int | None = Field(default=None, ge=1)  # keep to this many views of an image, so that a bank can hold them
+    views: int | None = Field(default=None, ge=1)  # limit each image to this many views, so that a bank can hold them
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the training set kept for choosing an epoch
     per_class: int | None = Field(default=None, ge=1)  # use only this many training images of every class
     seed: int = Field(default=0, ge=0)  # order and views
-    workers: int | None = Field(default=None, ge=0)  # threads that decode; 0: the main one; default from the machine
+    workers: int | None = Field(default=None, ge=0)  # decoding threads; 0: the main thread; default: by the machine
     skip_corrupt: bool = False
 
     @field_validator("image_size", mode="before")
     @classmethod
     def _one_or_two_sides(cls, value: Any) -> Any:
-        """A square as one number, also where it is given as [32, 32]: one size, one recipe hash."""
+        """A square as one number, even if given as [32, 32], so that one size has one recipe hash."""
         if value is None:
             return None
         sides = value if isinstance(value, list | tuple) else (value, value)
@@ -87,7 +87,7 @@ class MethodConfig(BaseModel):
 
     @property
     def label(self) -> str:
-        """The name where it has to be short and safe: of an own method the class's."""
+        """A short name that is safe in paths; for a user's own method its class's name."""
         return user_code.label(self.name)
 
 
@@ -102,7 +102,7 @@ class TrainConfig(Section):
     momentum: float = Field(default=0.9, ge=0.0)
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0.0)
-    decay_norm_and_bias: bool = True  # the papers decay every parameter; timm's habit is false
+    decay_norm_and_bias: bool = True  # the papers decay every parameter; timm's default is false
     schedule: str = "cosine"  # crd | classroom | constant | any timm schedule
     warmup_epochs: int = Field(default=0, ge=0)
     warmup_lr: float = Field(default=1e-5, ge=0.0)
@@ -112,7 +112,7 @@ class TrainConfig(Section):
     cycles: int = Field(default=1, ge=1)  # schedule = "cosine" falls from lr this many times (warm restarts)
     precision: Precision = "auto"  # of the student; losses are float32
     seed: int = Field(default=0, ge=0)  # initial weights, method noise, dropout
-    ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay of the weights' average, then the student
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay of the weights' moving average, which ships
     accumulate: int = Field(default=1, ge=1)  # micro-batches per update
     clip_grad: float | None = Field(default=None, gt=0.0)  # largest gradient norm
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -120,10 +120,10 @@ class TrainConfig(Section):
     cutmix: float = Field(default=0.0, ge=0.0)
     sync_bn: bool = False  # batch norms over all GPUs' images; else each GPU normalises by its own share of a batch
     compile: bool = False  # torch.compile the student
-    cuda_graph: bool = False  # record the whole step as CUDA graphs; refused where a step is not always the same
+    cuda_graph: bool = False  # capture the whole step as CUDA graphs; refused where steps differ
     tensorboard: bool = False  # also write the metrics for TensorBoard (an extra: pip install "kdcli[tensorboard]")
     eval_every: int = Field(default=1, ge=1)  # epochs between scores; the last is always scored
-    checkpoint_minutes: float = Field(default=10.0, gt=0.0)  # also within an epoch; one follows every epoch anyway
+    checkpoint_minutes: float = Field(default=10.0, gt=0.0)  # also within an epoch; every epoch ends with one anyway
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> "TrainConfig":
@@ -135,7 +135,7 @@ class TrainConfig(Section):
 
 
 class Expect(Section):
-    """Published figures to print next to the measured ones: one table a metric, method -> value."""
+    """Published figures to print next to the measured ones: one table per metric, method -> value."""
 
     model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, dict[str, float]]
@@ -155,12 +155,12 @@ class Expect(Section):
 
 
 class StageConfig(Section):
-    """A training before the recipe's own. What it learned is `@stage:NAME` to later ones and to the recipe's classroom.
+    """A training before the recipe's own. Later stages and the recipe's classroom name its graduate `@stage:NAME`.
 
-    What is left out is the recipe's own; `train` names only what differs.
+    Keys left out have the recipe's values; `train` holds only those that differ.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # a folder is called so
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # also the folder's name
     student: str
     teacher: str | None = None
     peers: list[str] | None = None
@@ -177,20 +177,20 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     classroom: ClassroomConfig = ClassroomConfig()
     method: MethodConfig = MethodConfig()
-    # method -> its options when this recipe runs it instead of its own; with a `name` among them the key is a label, so
-    # that one method can be compared in several forms: tekap-l = { name = "tekap", parts = "logits" }
+    # method -> its options when it runs in place of the recipe's method; if they include a `name`, the key is a label,
+    # so that one method can be compared in several forms: tekap-l = { name = "tekap", parts = "logits" }
     baselines: dict[str, dict[str, Any]] = {}
     train: TrainConfig = TrainConfig()
     expect: Expect | None = None
     stage: list[StageConfig] = []  # trained first, in this order
 
     def hash(self) -> str:
-        """sha256 of what decides the result: not titles, published figures, other methods' options, when to save or who
-        decodes; of an own method what its file holds, wherever that lies."""
+        """sha256 of what decides the result: without titles, published figures, other methods' options, when to save,
+        and decoding threads. A user's own method enters by its file's content, not by its path."""
         idle: dict[str, Any] = {"title": True, "source": True, "expect": True, "baselines": True}
         idle |= {"train": {"checkpoint_minutes"}, "data": {"workers"}}
         plain = self.model_dump(mode="json", exclude=idle | ({} if self.stage else {"stage": True}))
-        plain["method"] = _floats(plain["method"])  # nothing has made these one type yet, and tau = 4 is tau = 4.0
+        plain["method"] = _floats(plain["method"])  # not typed yet, and tau = 4 must equal tau = 4.0
         if user_code.named(self.method.name):
             plain["method"]["name"] = f"{user_code.digest(self.method.name)}:{self.method.label}"
         for one in plain.get("stage", []):
@@ -217,7 +217,7 @@ class Recipe(Section):
         return out
 
     def own_methods(self) -> dict[str, str]:
-        """The user's own methods it names, with their files, by the name they go by in folders."""
+        """{label: `file.py:Class`} of the user's own methods that the recipe names."""
         names = [self.method.name, *self.baselines, *(str(one.get("name", "")) for one in self.baselines.values())]
         names += [one.method.name for one in self.stage if one.method]
         return {user_code.label(name): name for name in reversed(names) if user_code.named(name)}
@@ -238,12 +238,13 @@ class Recipe(Section):
     def with_method(self, name: str) -> "Recipe":
         """A copy that runs another method on the same classroom, with the options `baselines` gives it.
 
-        A label of `baselines` runs the method it names, in its form: the recipe's own method keeps its other options.
+        A label of `baselines` runs the method that it names, with its options. If that is the recipe's own method, the
+        recipe's other options stay.
         """
         if name == self.method.name:
             return self
         other = self.with_(method={"name": name, **self.baselines.get(name, {})})
-        if other.expect and other.method.name != name:  # what was published of the method was of another form of it
+        if other.expect and other.method.name != name:  # figures under the method's name are of another form
             for figures in other.expect.figures.values():
                 figures.pop(other.method.name, None)
                 if name in figures:
@@ -256,7 +257,7 @@ class Recipe(Section):
 
 
 def _floats(value: Any) -> Any:
-    """Whole numbers in a table, or a table within it, as fractions."""
+    """`value` with all integers in it, also in nested tables, as floats."""
     if isinstance(value, dict):
         return {key: _floats(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -279,7 +280,7 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         chain = " -> ".join(str(p) for p in (*_seen, path))
         raise RecipeError(f"recipes extend each other in a circle: {chain}", hint="Remove one `extends` line.")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors put a mark in front
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a byte-order mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}", hint="`kdcli recipes cat quickstart` shows one.") from None
     except OSError as error:
@@ -296,7 +297,7 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A recipe's tables with the files of own methods found, from its `folder` or from here."""
+    """A recipe's tables with absolute paths of own methods, looked up in `folder`, then in the current directory."""
     method, others, first = tables.get("method"), tables.get("baselines"), tables.get("stage")
     if isinstance(first, list):
         tables = {**tables, "stage": [located(one, folder) if isinstance(one, dict) else one for one in first]}
@@ -311,9 +312,9 @@ def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def find(name: str, extended_by: Path | None = None) -> Path:
-    """The file of a recipe given as a path (relative to the one it is `extended_by`, or to here) or as a built-in name.
+    """The file of a recipe: a path (relative to the `extended_by` recipe or the current directory) or a built-in name.
 
-    A recipe never means itself: a user's own `quickstart.toml` may extend `quickstart`.
+    A recipe never extends itself: a user's own `quickstart.toml` may extend the built-in `quickstart`.
     """
     tries = [Path(name)] if Path(name).suffix == ".toml" else []
     if extended_by is not None:
@@ -391,14 +392,14 @@ def _explained(error: ValidationError, where: str) -> RecipeError:
             known = section.model_fields
             hint = did_you_mean(str(loc[-1]), known) or f"Allowed: {', '.join(known)}."
             return RecipeError(f"{where}: {key}: no such key", hint=hint)
-        value = problem.get("input")  # for a check of a whole table it is the table, too long to be of use
+        value = problem.get("input")  # for a check of a whole table: the table, too long to print
         given = "" if isinstance(value, dict) else f" (given {value!r})"
         lines.append(f"{where}: {key}: {problem['msg']}{given}")
     return RecipeError("\n".join(dict.fromkeys(lines)), hint="`kdcli recipes cat quickstart` shows every table.")
 
 
 def _section(loc: list[Any]) -> type[BaseModel] | None:
-    """The table that a key stands in; None for what has no keys of its own."""
+    """The model of the table at `loc`; None if there is no table or its keys are free."""
     if not loc:
         return Recipe
     if len(loc) == 1:
@@ -408,7 +409,7 @@ def _section(loc: list[Any]) -> type[BaseModel] | None:
 
 
 def _check_keys(tables: dict[str, Any], where: str) -> None:
-    """Refuse unknown keys of one file, before what it extends is merged in and hides where they stand."""
+    """Raise RecipeError for unknown keys of one file before its base is merged in, so that the error names the file."""
     try:
         Recipe.model_validate(tables)
     except ValidationError as error:
@@ -433,7 +434,7 @@ def staged(config: ClassroomConfig, *, mentors: bool = True) -> list[str]:
 
 
 def _check_stages(recipe: Recipe, where: str) -> None:
-    """Refuse a stage of a name that was there before, and the name of one that is not."""
+    """Raise RecipeError for two stages with one name, and for a `@stage:NAME` that does not come before its use."""
     known: list[str] = []
     for name, one in [*recipe.stages(where).items(), ("", recipe)] if recipe.stage else []:
         here = f"{where}: stage {name}" if name else where

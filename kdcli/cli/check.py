@@ -104,7 +104,7 @@ def _show(found: "Checked") -> None:
 
 
 def _contract(name: str, options: dict[str, Any], device: str | None, quiet: bool) -> dict[str, Any]:
-    """Describe a method and run every check of its contract, printed unless `quiet`; the same as data."""
+    """Describe a method and run every check of its contract; prints it unless `quiet`, and returns it as data."""
     from dataclasses import asdict
 
     from kdcli import methods
@@ -135,7 +135,7 @@ def _contract(name: str, options: dict[str, Any], device: str | None, quiet: boo
 
 
 def _value(default: Any) -> str:
-    """A default as it is written in a recipe; an option that is left out has none."""
+    """A default as it is written in a recipe; empty for None, which a recipe leaves out."""
     if isinstance(default, bool):
         return str(default).lower()
     return "" if default is None else str(list(default) if isinstance(default, tuple) else default)

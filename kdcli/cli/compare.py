@@ -110,7 +110,7 @@ def _base(run: str | None) -> "tuple[Recipe, str]":
 
 
 def show(found: "Comparison") -> None:
-    """Print a comparison's table, with what its words mean."""
+    """Print a comparison's table and explain its columns."""
     from kdcli.cli import tables
     from kdcli.workflows import compare as workflow
 

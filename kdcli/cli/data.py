@@ -81,7 +81,7 @@ def pack(
 
 @contextlib.contextmanager
 def _stoppable():
-    """SIGTERM as Ctrl-C within the block, so that the half-written file is removed."""
+    """Treat SIGTERM as Ctrl-C within the block, so that the half-written file is removed."""
     try:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not the main thread, where signals cannot be caught

@@ -39,7 +39,7 @@ def export(
         raise RecipeError(f"--onnx and --format {format} contradict each other", hint="Give one of them.")
     name = _name(file, "onnx" if onnx else format)
     if run:
-        runs.find(run)  # only a run will do: its recipe names the images to check the file on
+        runs.find(run)  # must be a run: its recipe names the images to check the file on
     what = subject(run, data=None, root=data_root, sets=None, skip_corrupt=False, device="cpu")
     assert what.run is not None
     path = name if file else what.run.path / name

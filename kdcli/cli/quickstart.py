@@ -75,7 +75,7 @@ def quickstart(
 
 
 def _summary(found: "Outcome") -> str:
-    """What distillation brought, with the verdict."""
+    """The gain from distillation and the verdict, in two sentences."""
     line = found.comparison.line("classroom")
     words = {
         "better": "more than the seeds' noise explains",

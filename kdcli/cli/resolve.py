@@ -1,4 +1,4 @@
-"""What evaluate, export and bench take: a run, an exported file or NAME@WEIGHTS, with its data."""
+"""What evaluate and export take: a run, an exported file or NAME@WEIGHTS, with its data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,8 @@ def subject(
     skip_corrupt: bool,
     device: Device,
 ) -> Subject:
-    """Find what the user named. Raises KdcliError with the cure when nothing fits."""
-    # with other data than the run's, the run's own choice of images means nothing
+    """The model that `given` names, with its data. Raises KdcliError if there is none, or it does not fit the data."""
+    # on other data the run's own choice of images does not apply
     over: dict[str, Any] = {"data.per_class": None, "data.holdout": 0.0} if data else {}
     over |= recipes.parse_set(sets or [])
     over |= {"data.name": data} if data else {}
@@ -92,7 +92,7 @@ def _exported(path: str, over: dict[str, Any], device: Device) -> Subject:
 
 
 def _named(spec: str, over: dict[str, Any], device: Device) -> Subject:
-    """NAME[@WEIGHTS], as a mentor is named: without weights it is refused."""
+    """NAME[@WEIGHTS], as mentors are named; refused if it has no weights."""
     from kdcli.models import registry
 
     try:

@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?(e[+-]\d+)?( \S+)?( \d[\d.]*)?")  # 
 
 
 def notes(items: Iterable[tuple[str, object, str]]) -> None:
-    """Everything that was chosen for the user, with where it came from."""
+    """Print every setting that was chosen for the user, with where it came from."""
     for key, value, why in items:
         console.print(f"[dim]{_plain(key)}[/] {_plain(value)} [dim]({_plain(why)})[/]", soft_wrap=True)
 
@@ -82,7 +82,7 @@ def next_line(command: str) -> None:
 
 
 def follower(chosen: Iterable[tuple[str, object, str]] = (), *, quiet: bool = False) -> "Follow":
-    """What a workflow reports to: prints what was chosen, `chosen` first, and shows each training's progress."""
+    """A `Follow` for a workflow: prints what was chosen, `chosen` first, and shows each training's progress."""
     before = list(chosen)
 
     def report(classroom: Any, events: "Iterator[Event]", label: str) -> None:
@@ -159,7 +159,7 @@ def _plain(value: object) -> str:
 
 
 def warning(text: str) -> None:
-    """What did not go as the recipe says; on the error stream, so that --json prints nothing else."""
+    """Print what did not go as the recipe says, on the error stream, so that --json prints nothing else."""
     errors.print(f"[yellow]warning:[/] {_plain(text)}", soft_wrap=True)
 
 

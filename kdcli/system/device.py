@@ -1,4 +1,4 @@
-"""Devices: which one to use, the precision each computes fastest, free memory, and out-of-memory errors."""
+"""Devices: which one to use, at which precision, free memory, and out-of-memory errors."""
 
 import torch
 

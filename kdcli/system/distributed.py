@@ -2,7 +2,7 @@
 
 A rank draws and forwards its own rows of each batch. The networks' outputs are then gathered (`shards`), so that every
 rank computes the loss of the whole batch even where it couples samples; DistributedDataParallel averages the gradients.
-On a single rank every function here does nothing. `kdcli --gpus N` starts ranks; so does torchrun.
+On a single rank every function here does nothing. `kdcli --gpus N` or torchrun starts the ranks.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdcli.errors import KdcliError, RecipeError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that is silent; one that died is noticed at once
+TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that hangs; one that died is noticed at once
 
 
 # --- who they are -----------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def join(device: torch.device, gpus: int | None = None) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the process group once every rank has got here."""
+    """Leave the process group once every rank has reached this point."""
     if not alone():
         any_rank(False)
         td.destroy_process_group()
@@ -131,7 +131,7 @@ def remember_run(path: str) -> None:
 
 
 def resumable_run() -> str | None:
-    """The run that the ranks before the restart began; None on a first start."""
+    """The run that was begun before the ranks were restarted; None on a first start."""
     if alone() or restarts() == 0 or not store().check(["run"]):
         return None
     return store().get("run").decode()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said when the disk refuses."""
+"""Atomic writes: files are written whole or not at all. Also the error when they cannot be written."""
 
 import contextlib
 import errno
@@ -102,7 +102,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Bring a folder's new names to the disk, against power cuts; Windows cannot open folders."""
+    """Flush a folder's new names to the disk, in case of a power cut; Windows cannot open folders."""
     with contextlib.suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:

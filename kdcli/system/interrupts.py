@@ -33,11 +33,11 @@ class Signals:
             signal.signal(number, handler or signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
 
     def _record(self, number: int, _frame: object) -> None:
-        if self.caught and number == signal.SIGINT and distributed.alone():  # ranks get it twice: the launcher's too
+        if self.caught and number == signal.SIGINT and distributed.alone():  # ranks also get the launcher's signal
             raise KeyboardInterrupt
         self.caught.append(signal.Signals(number).name)
         if self._open:
-            self._open = False  # the next signal must not interrupt the cleaning up after this one
+            self._open = False  # the next signal must not interrupt the cleanup after this one
             raise Stop
 
     @contextlib.contextmanager

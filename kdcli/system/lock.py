@@ -53,7 +53,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def check(folder: Path) -> None:
-    """Raise LockedError if a process holds this folder or the one around it (a compare holds its runs')."""
+    """Raise LockedError if a process holds this folder or its parent (a compare's lock covers its runs)."""
     for place in (folder, folder.parent):
         if (place / NAME).is_file():
             with hold(place):

@@ -12,7 +12,7 @@ PRIVATE = "kdcli_own_"  # prefix of the module names under which such files run,
 
 
 def named(name: str) -> bool:
-    """Whether a method's name means a class in a file, and not a built-in method."""
+    """Whether a method's name is a class in a file rather than a built-in method."""
     return ":" in name or name.endswith(".py")
 
 

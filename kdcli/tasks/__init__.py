@@ -5,6 +5,6 @@ from kdcli.tasks.classify import Classify
 from kdcli.tasks.multilabel import MultiLabel
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify, MultiLabel)}
-"""Every task by the recipe's word."""
+"""Every task by its name in recipes."""
 
 __all__ = ["TASKS", "Classify", "Metric", "MultiLabel", "Score", "Task"]

@@ -1,4 +1,4 @@
-"""What depends on the thing that is predicted: the task protocol and scores."""
+"""The task protocol, which covers everything that depends on what is predicted, and scores."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """`top-1 %`: what stands above a column."""
+        """`top-1 %`: the heading of a column."""
         return f"{self.label} {self.unit}".strip()
 
 
@@ -44,7 +44,7 @@ class Task(Protocol):
     """Everything that depends on what is predicted; K is the number of classes, B the batch."""
 
     name: ClassVar[str]
-    """The recipe's word: `classify`, `multilabel`."""
+    """Its name in recipes: `classify`, `multilabel`."""
     metrics: ClassVar[tuple[Metric, ...]]
     """The figures of a score, the primary one first."""
     output_name: ClassVar[str]
@@ -80,7 +80,7 @@ class Task(Protocol):
         ...
 
     def log_mark(self, out: Tensor, target: Tensor) -> Float[Tensor, "*M B"]:
-        """log of how well each image is answered, in (-inf, 0]."""
+        """log of each image's mark, which rates an output against the labels; in (-inf, 0]."""
         ...
 
     def sums(self, out: Tensor, target: Tensor) -> dict[str, Float[Tensor, ""]]:
@@ -88,7 +88,7 @@ class Task(Protocol):
         ...
 
     def score(self, sums: Mapping[str, float]) -> Score:
-        """The metrics that sums come to."""
+        """The metrics computed from `sums`."""
         ...
 
     def same(self, a: Tensor, b: Tensor, tie: float = 0.0) -> Bool[Tensor, " B"]:
@@ -96,16 +96,16 @@ class Task(Protocol):
         ...
 
     def decode(self, out: Tensor) -> Tensor:
-        """What a device would show."""
+        """The prediction for each image, as an application would show it."""
         ...
 
     def details(self, out: Tensor, target: Tensor) -> tuple[dict[str, float], Float[Tensor, " K"]]:
-        """Further figures by name, and each class's own figure (not a number where the data has none)."""
+        """Further figures by name, and each class's own figure (NaN where the data has none)."""
         ...
 
     @property
     def chance(self) -> float:
-        """The primary metric of guessing."""
+        """The primary metric's value for random guessing."""
         ...
 
 

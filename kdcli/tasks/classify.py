@@ -54,7 +54,7 @@ class Classify:
         return log_mark(out, target)
 
     def sums(self, out: Float[Tensor, "B K"], target: Shaped[Tensor, "B ..."]) -> dict[str, Float[Tensor, ""]]:
-        """Images, how many have their class first and among the first five, and cross-entropy without smoothing."""
+        """Number of images, top-1 hits, top-5 hits, and the sum of the cross-entropy without smoothing."""
         loss = F.cross_entropy(out.float(), target, reduction="sum")
         if target.ndim == 2:  # mixed images count for the class they show most of
             target = target.argmax(-1)
@@ -63,13 +63,13 @@ class Classify:
         return {"images": images, TOP1.name: hits[:, 0].sum(), TOP5.name: hits.any(-1).sum(), LOSS.name: loss}
 
     def score(self, sums: Mapping[str, float]) -> Score:
-        """Percent of images, and nats an image."""
+        """Top-1 and top-5 in percent of images, loss in nats per image."""
         images = int(sums["images"])
         shares = {metric.name: 100 * sums[metric.name] / max(images, 1) for metric in (TOP1, TOP5)}
         return Score({**shares, LOSS.name: sums[LOSS.name] / max(images, 1)}, TOP1, images)
 
     def same(self, a: Float[Tensor, "B K"], b: Float[Tensor, "B K"], tie: float = 0.0) -> Bool[Tensor, " B"]:
-        """The same class first; two classes whose logits in `a` differ by at most `tie` are one answer."""
+        """Whether the top class is the same; two classes whose logits in `a` differ by at most `tie` are one answer."""
         gap = a.gather(1, self.decode(a)[:, None]) - a.gather(1, self.decode(b)[:, None])
         return gap[:, 0] <= tie
 
@@ -85,7 +85,7 @@ class Classify:
         right = first == target
         count = torch.bincount(target, minlength=self.num_classes)
         hits = torch.bincount(target, right.double(), self.num_classes)
-        return {"calibration": calibration_error(confidence, right)}, 100 * hits / count  # 0 / 0 is not a number
+        return {"calibration": calibration_error(confidence, right)}, 100 * hits / count  # NaN for an absent class
 
     @property
     def chance(self) -> float:

@@ -19,7 +19,7 @@ AP = Metric("ap", "AP")
 
 
 class MultiLabel:
-    """Targets are 0/1 matrices [B, K] float32. A class is answered "yes" from a probability of 0.5 on."""
+    """Targets are 0/1 matrices [B, K] float32. A class is predicted if its probability is 0.5 or more."""
 
     name: ClassVar[str] = "multilabel"
     metrics: ClassVar[tuple[Metric, ...]] = (MAP, F1, LOSS)
@@ -47,11 +47,11 @@ class MultiLabel:
     def soft(
         self, out: Float[Tensor, "B K"], mentor_out: Float[Tensor, "*M B K"], tau: float | Tensor
     ) -> Float[Tensor, "*M B"]:
-        """tau^2 times the sum over the classes of KL(mentor || student) of yes and no, at temperature tau."""
+        """tau^2 times the binary KL(mentor || student) at temperature tau, summed over the classes."""
         return binary_soft_loss(out, mentor_out, tau=tau)
 
     def log_mark(self, out: Float[Tensor, "*M B K"], target: Float[Tensor, "B K"]) -> Float[Tensor, "*M B"]:
-        """log of the mean over the classes of the probability of what is right."""
+        """log of the mean, over the classes, of the probability of the right label (0 or 1)."""
         return log_mean_mark(out, target)
 
     def sums(self, out: Float[Tensor, "B K"], target: Float[Tensor, "B K"]) -> dict[str, Float[Tensor, ""]]:
@@ -70,7 +70,7 @@ class MultiLabel:
         }
 
     def score(self, sums: Mapping[str, float]) -> Score:
-        """Percent, and nats an image. Summed over batches mAP is the mean of theirs, over one set its own."""
+        """mAP and F1 in percent, loss in nats per image. Over several batches, mAP is the mean of their APs."""
         images = int(sums["images"])
         values = {
             MAP.name: 100 * sums[MAP.name] / max(sums["classes"], 1),
@@ -80,11 +80,11 @@ class MultiLabel:
         return Score(values, MAP, images)
 
     def same(self, a: Float[Tensor, "B K"], b: Float[Tensor, "B K"], tie: float = 0.0) -> Bool[Tensor, " B"]:
-        """The same classes; one whose logit in `a` is within `tie` of the threshold may be either."""
+        """Whether the classes are the same; one whose logit in `a` is within `tie` of the threshold may be either."""
         return ((self.decode(a) == self.decode(b)) | (a.abs() <= tie)).all(-1)
 
     def decode(self, out: Float[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
-        """The classes of probability 0.5 and more."""
+        """Whether each class has a probability of 0.5 or more."""
         return out >= 0
 
     def details(
@@ -96,20 +96,20 @@ class MultiLabel:
 
     @property
     def chance(self) -> float:
-        """The expected mAP of random answers depends on the classes' frequencies; 0 makes no mentor suspicious."""
+        """0, so that no mentor is taken for guessing: the mAP of random answers depends on the classes' frequencies."""
         return 0.0
 
 
 def average_precision(out: Float[Tensor, "N K"], target: Float[Tensor, "N K"]) -> Float[Tensor, " K"]:
     """Each class's average precision in [0, 1]: the mean, over its images, of the precision at each one's rank.
 
-    As scikit-learn's `average_precision_score`, equal outputs counted as one threshold; not a number for a class that
-    does not occur.
+    As scikit-learn's `average_precision_score`, with equal outputs as one threshold; NaN for a class that does not
+    occur.
     """
     order = out.argsort(0, descending=True)
     ranked, hits = out.gather(0, order), target.gather(0, order)
     found, seen = hits.cumsum(0), torch.arange(1, len(out) + 1, device=out.device)[:, None]
-    # of equal outputs all have the counts of the last one: their order is arbitrary
+    # equal outputs all get the counts of the last one, since their order is arbitrary
     last = torch.cat([ranked[1:] != ranked[:-1], torch.ones_like(ranked[:1], dtype=torch.bool)])
     position = torch.where(last, seen, len(out)).flip(0).cummin(0).values.flip(0) - 1
     precision = found.gather(0, position) / (position + 1)

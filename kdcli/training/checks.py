@@ -1,4 +1,4 @@
-"""Settings that are refused before anything is trained: what a method's equation, a graph or a rank cannot do."""
+"""Checks before training: settings that a task, a method's equation, a CUDA graph or several ranks do not allow."""
 
 import torch
 
@@ -9,11 +9,11 @@ from kdcli.recipe import Recipe, TrainConfig
 from kdcli.system import distributed, shards
 from kdcli.tasks import Task
 
-GRAPHED = ("sgd", "adam", "adamw")  # optimizers whose fused kernels read their rate from the device
+GRAPHED = ("sgd", "adam", "adamw")  # optimizers whose fused kernels read the learning rate from device memory
 
 
 def check_task(task: type[Task], train: TrainConfig) -> None:
-    """Raise RecipeError for training settings that mean nothing for the task's targets."""
+    """Raise RecipeError for training settings that the task's targets do not allow."""
     if task.mixable:
         return
     given = {"mixup": train.mixup, "cutmix": train.cutmix, "label_smoothing": train.label_smoothing}
@@ -88,7 +88,7 @@ def _check_bank(name: str, needs: frozenset[Need], recipe: Recipe) -> None:
 
 
 def check_graph(method: Method, recipe: Recipe, device: torch.device, precision: str) -> None:
-    """Raise RecipeError where a step is not the same arithmetic every time, so that no CUDA graph can replay it."""
+    """Raise RecipeError if steps differ in their arithmetic, so that a CUDA graph cannot replay them."""
     train = recipe.train
     reasons = {
         f"{device.type} has no CUDA graphs": device.type != "cuda",

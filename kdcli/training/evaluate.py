@@ -1,4 +1,4 @@
-"""Scores: how well a trained student, a mentor or an exported file answers a split."""
+"""Scores of a trained student, a mentor or an exported file on a split."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ Model = Callable[[Tensor], Tensor]
 
 @dataclass
 class Report:
-    """A Score with what `kdcli evaluate` shows besides."""
+    """A Score and the further figures that `kdcli evaluate` shows."""
 
     score: Score
     details: dict[str, float] = field(default_factory=dict)  # the task's further figures
@@ -35,8 +35,8 @@ class Report:
 def outputs(model: Model, split: Split, device: torch.device, batch_size: int = 256) -> Tensor:
     """All outputs [N, ...] of a split in order, float32 on the CPU; the model's mode is restored.
 
-    Where memory runs out it goes on in batches of half the size: evaluation treats images one by one. Several ranks
-    divide the split, and all of them must call this.
+    If memory runs out it retries with half the batch size: in eval mode images do not affect each other. Several ranks
+    divide the split, so all of them must call this.
     """
     training = model.training if isinstance(model, nn.Module) else False
     if isinstance(model, nn.Module):
@@ -54,7 +54,7 @@ def outputs(model: Model, split: Split, device: torch.device, batch_size: int = 
 
 
 def _outputs(model: Model, split: Split, device: torch.device, batch_size: int) -> list[Tensor] | None:
-    """Outputs by batch; None when memory ran out, so that the error does not keep what was in it."""
+    """Outputs by batch; None when memory ran out: caught here, the error no longer holds the failed pass's tensors."""
     try:
         with torch.inference_mode():
             return [model(batch.images).float().cpu() for batch in split.plain(batch_size, device)]

@@ -10,10 +10,10 @@ Tree = TypeVar("Tree")
 
 
 def all_rows(tree: Tree, layout: Layout) -> Tree:
-    """Outputs (any pytree of tensors, None among them) of the global (micro-)batch from those of this rank's rows.
+    """The outputs of the global (micro-)batch, gathered from this rank's; `tree` is any pytree of tensors and None.
 
-    All tensors go through one exchange: what a loss leaves out then has a gradient of zero, and no rank waits for a
-    gradient that never comes.
+    All tensors go through one autograd function: those that a loss does not use get a zero gradient, so that no rank
+    waits for a gradient that never comes.
     """
     leaves, spec = tree_flatten(tree)
     tensors = [leaf for leaf in leaves if leaf is not None]

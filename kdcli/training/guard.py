@@ -1,4 +1,4 @@
-"""What a training loses nothing by: which batch is learned and which is saved, what is due, and who asked to stop."""
+"""Keeps a training from losing work: its position, when to check and to save, and how it ends on signals and errors."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class Guard:
-    """Around a training loop: its position, its checkpoints, and the way it ends.
+    """Context manager around a training loop: its position, its checkpoints, and how it ends.
 
-    `epoch` and `done`: the learners have learned `done` batches of `epoch` (from 0). A signal, an image that cannot be
-    read and a diverged loss leave through here: what is not saved yet is saved first where that is possible.
+    `epoch` and `done`: the learners have learned `done` batches of `epoch` (from 0). When a signal or an unreadable
+    image ends the loop, its progress is saved first where that is possible; a diverged loss is recorded.
     """
 
     def __init__(self, session: Session) -> None:
@@ -38,11 +38,11 @@ class Guard:
         return self.saved != (self.epoch, self.done)
 
     def breakable(self, when: bool = True) -> AbstractContextManager[None]:
-        """A block that a signal may break off (`when`: if at all), because nothing in it would be lost."""
+        """A block that a signal may interrupt, since no progress would be lost; not if `when` is false."""
         return self.signals.breakable(when)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The batches with their outputs; drawing and answering them may be broken off by a signal.
+        """The batches with the mentors' outputs; a signal may interrupt the computation of each.
 
         Raises DataError (after saving) for an image that can no longer be read, OutOfMemory where the mentors do not
         fit.
@@ -69,13 +69,13 @@ class Guard:
         )
 
     def advance(self, images: int) -> None:
-        """Count a learned batch; with several ranks all stop together or none."""
+        """Count a learned batch; with several ranks, a signal on any of them raises Stop on all."""
         self.done, self.images = self.done + 1, self.images + images
         if not distributed.alone() and distributed.any_rank(bool(self.signals.caught)):
             raise Stop
 
     def check_or_save(self, active: list[Learner]) -> None:
-        """Raise DivergedError where a loss is not finite, looking now and then; save when it is time to."""
+        """Raise DivergedError if a loss is not finite, checked at times and before checkpoints; save if one is due."""
         minutes = self.session.config.checkpoint_minutes
         due = distributed.any_rank(time.monotonic() - self.since >= 60 * minutes)
         if due or self.done == len(self.session.stream):  # a checkpoint follows, and must be a good one
@@ -96,7 +96,7 @@ class Guard:
         self.saved, self.since = (self.epoch, self.done), time.monotonic()
 
     def stop_if_asked(self) -> None:
-        """A signal that came after the last step stops the run too."""
+        """Raise Stop if a signal came after the last step."""
         if distributed.any_rank(bool(self.signals.caught)):
             raise Stop
 
@@ -144,7 +144,7 @@ class Guard:
             self.save()
 
     def _note_divergence(self, error: DivergedError) -> None:
-        """Record in the provenance that the training diverged, so that resuming it can say so."""
+        """Record in the provenance that the training diverged, so that resuming it can warn of that."""
         for run in self.session.runs.values() if distributed.rank() == 0 else ():
             with suppress(KdcliError):  # a full disk must not hide the error itself
                 run.amend(diverged=error.message)
@@ -155,7 +155,7 @@ class _Unreadable(DataError):
 
 
 def check(learners: list[Learner]) -> None:
-    """Raise DivergedError unless all learners are fit for a checkpoint."""
+    """Raise DivergedError unless the losses and weights of all learners are finite."""
     for learner in learners:
         learner.check()
         learner.check_weights()

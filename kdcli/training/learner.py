@@ -41,11 +41,11 @@ class Learner:
         self.name, self.recipe, self.classroom = name, recipe, classroom
         self.device, self.config = classroom.device, recipe.train
         check_task(TASKS[recipe.task], self.config)
-        _seed(self.config.seed, self.device)  # for parameters that a method makes, at once or in its setup
+        _seed(self.config.seed, self.device)  # for parameters that the method creates in its constructor or setup
         self.method = methods.build(recipe.method.name, recipe.method.options)
         data = classroom.data
         check_method(self.method, recipe, data, len(classroom.mentors))
-        mixing = bool(self.config.mixup or self.config.cutmix)  # which smooth the labels themselves
+        mixing = bool(self.config.mixup or self.config.cutmix)  # these apply label smoothing to the targets
         self.task: Task = TASKS[recipe.task](len(data.classes), 0.0 if mixing else self.config.label_smoothing)
         self.precision, self.precision_why = devices.precision(self.config.precision, self.device, frozen=False)
         check_graph(self.method, recipe, self.device, self.precision)
@@ -74,12 +74,12 @@ class Learner:
         self.best: dict[str, Any] = {}
         self.accumulate = self.config.accumulate  # micro-batches per update; more after an out-of-memory error
         self.fitted: set[tuple[int, ...]] = set()  # (phase, micro-batches, images) of steps that memory held
-        self.updating = False  # between the gradients and the end of a step, which cannot be undone
-        self.trained: dict[str, tuple[Optimizer, Scheduler, GradScaler]] = {}  # by phase name: what phases share
+        self.updating = False  # in the part of a step after the gradients, which cannot be undone
+        self.trained: dict[str, tuple[Optimizer, Scheduler, GradScaler]] = {}  # by name: phases of one name share it
         self._enter(0)
 
     def _first_lesson(self) -> Lesson | None:
-        """One real lesson for methods that size themselves by it."""
+        """A real lesson of two images, by which a method sizes its parts; None for methods that read only logits."""
         if not self.method.needs - {Need.HARD_TARGET, Need.FULL_BATCHES, Need.PAIRS}:
             return None
         batch, two = next(self.classroom.data.train.plain(2, self.device)), Need.TWO_VIEWS in self.method.needs
@@ -123,7 +123,7 @@ class Learner:
     def begin_epoch(self, epoch: int, train_pass: Callable[[], Iterator[Lesson]], *, again: bool = False) -> None:
         """Enter the phase of `epoch` (from 0) and put its learners in training mode.
 
-        `again`: the epoch was begun before the checkpoint that was loaded, which holds what the method did then.
+        `again`: the epoch had begun when the loaded checkpoint was written; the method's `begin_epoch` is not called.
         """
         start, number = 0, 0
         while epoch >= start + self.phases[number].epochs:
@@ -132,18 +132,19 @@ class Learner:
             self._enter(number)
         before = sum(phase.epochs for phase in self.phases[:number] if phase.name == self.phase.name)
         self.phase_start = start - before  # as if the phases of this name were one, with no others in between
-        self.method.train()  # first, for learners may be parts of it
+        self.method.train()  # first, since learners may be submodules of it
         for name, module in self.method.learners().items():
-            module.train(name in self.phase.learners)  # the others keep their batch statistics too
+            module.train(name in self.phase.learners)  # in eval mode the others keep their batch statistics
         if not again:
             _seed(_mix(self.config.seed, epoch, 0), self.device)  # steps mix in 1 and more
             self.method.begin_epoch(epoch, train_pass)
 
     def step(self, batch: Batch, mentors: list[Output], epoch: int, number: int, step: int) -> str:
-        """One update. `number` is the batch's place in the epoch, `step` counts all updates. Nothing is read back.
+        """One update, without copying any value to the host.
 
-        Where memory runs out the step is repeated in micro-batches of half the size, for the rest of the run; returns
-        what to report of that, or nothing. Raises OutOfMemory where that would change the loss, or is no help.
+        `number` is the batch's place in the epoch, `step` counts all updates. If memory runs out, this and all later
+        steps use micro-batches of half the size; returns a notice of that, else an empty string. Raises OutOfMemory
+        where that would change the loss or does not help.
         """
         mentors, images, notice = self._select(mentors), len(batch.global_batch.index), ""
         schedule.set_lr(
@@ -161,7 +162,7 @@ class Learner:
             try:
                 _seed(_mix(self.config.seed, step, *distributed.seed_offset()), self.device)
                 self._seed_noise(step)
-                if self.captured is not None and self.accumulate == 1:  # what was captured has no micro-batches
+                if self.captured is not None and self.accumulate == 1:  # the captured step has no micro-batches
                     self._replay(batch, mentors)
                 else:
                     self._learn(batch, mentors)
@@ -206,14 +207,14 @@ class Learner:
         )
 
     def _replay(self, batch: Batch, mentors: list[Output]) -> None:
-        """`_learn` as a CUDA graph, which takes and keeps tensors alone."""
+        """`_learn` as a CUDA graph, whose inputs can only be tensors."""
         assert self.captured is not None
         leaves, self._spec = tree_flatten(((batch.images, batch.target, batch.index, batch.view), mentors))
         self._present = [leaf is not None for leaf in leaves]
         self.captured(*(leaf for leaf in leaves if leaf is not None))
 
     def _learn_leaves(self, *tensors: Tensor) -> None:
-        """`_learn` of a batch's four tensors and the mentors' outputs, given as tensors alone."""
+        """`_learn` with the batch and the mentors' outputs as a flat list of tensors, those that are None left out."""
         given = iter(tensors)
         fields, mentors = tree_unflatten([next(given) if there else None for there in self._present], self._spec)
         self._learn(Batch(*fields), mentors)
@@ -241,13 +242,13 @@ class Learner:
         self.method.after(lesson)
 
     def _add_gradients(self, part: Batch, mentors: list[Output], number: int, share: float) -> Lesson:
-        """Add a micro-batch's `share` of the gradient and of the meter; `number` is its place in the batch."""
+        """Add a micro-batch's gradient and meter values times its `share` of the batch; `number` counts from 0."""
         # compiled for whole batches only, so that the short last one is not compiled again
         whole = len(part.global_batch.index) == self.config.batch_size // self.config.accumulate
         with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
             own = {name: self._forward(name, part.images, whole) for name in self.forward}
             for name, output in own.items():
-                strong = part.strong if Need.TWO_VIEWS in self.method.needs else None  # or another learner needs it
+                strong = part.strong if Need.TWO_VIEWS in self.method.needs else None  # or it is for another learner
                 output.strong = None if strong is None else self._forward(name, strong, whole)
         outputs = own if part.whole is None else all_rows(own, part.whole.layout)
         if number:  # micro-batches draw different noise
@@ -283,13 +284,13 @@ class Learner:
         return output
 
     def lesson(self, batch: Batch, mentors: list[Output], epoch: float, step: int) -> Lesson:
-        """A lesson from which nothing is learned: outputs in eval mode, without gradient."""
+        """A lesson outside training: outputs in eval mode, without gradient."""
         self._seed_noise(step)
         outputs = {name: self.eval_forward(one, batch) for name, one in self.readers.items()}
         return self._lesson(batch, outputs, self._select(mentors), epoch, step)
 
     def _select(self, mentors: list[Output]) -> list[Output]:
-        """The mentor outputs this learner asked for, identical to a run without other learners."""
+        """The mentor outputs that this learner needs, the same as if it trained alone."""
         if Need.PRE in self.needs or not any(one.maps for one in mentors):
             return mentors
         stages = [{tap: x for tap, x in (one.maps or {}).items() if not is_pre(tap)} for one in mentors]
@@ -309,7 +310,7 @@ class Learner:
         for name, value in terms.items():
             bad = torch.where(torch.isfinite(value.detach()), math.inf, self.now)
             known = self.first_bad.setdefault(name, bad.clone())
-            torch.minimum(known, bad, out=known)  # in place: a captured step writes where it wrote before
+            torch.minimum(known, bad, out=known)  # in place: a captured step always writes to the same memory
         self.meter.add({f"sum/{name}": x for name, x in self.task.sums(lesson.student.out, lesson.target).items()})
         self.meter.add({f"term/{name}": value * share for name, value in terms.items()})
         self.meter.add({f"note/{name}": value * share for name, value in lesson.notes.items()})
@@ -327,7 +328,7 @@ class Learner:
             )
 
     def check_weights(self) -> None:
-        """Raise DivergedError unless all weights are finite: a finite loss may end in an update that is not."""
+        """Raise DivergedError unless all weights are finite: an update can overflow after a finite loss."""
         if not all(bool(torch.isfinite(p).all()) for p in self.parameters):
             raise DivergedError(
                 f"{self.name}: the weights stopped being finite numbers in the last update",
@@ -347,11 +348,11 @@ class Learner:
         return self.task.score(plain(self.meter.totals("sum/")))
 
     def note_best(self, epoch: int, chosen: float, test: Score, keep_weights: bool) -> None:
-        """Remember an epoch (counted from 1) if its `chosen` figure is the best so far, with its weights if asked."""
+        """Remember an epoch (counted from 1) if its `chosen` figure is the best so far."""
         sign = 1 if test.primary.higher else -1
         if sign * chosen > sign * self.best.get("chosen", -sign * math.inf):
             self.best = {"epoch": epoch, "chosen": chosen, "score": dict(test)}
-            if keep_weights:  # the test set only reports, so only a held-out slice may choose what is kept
+            if keep_weights:  # only a held-out slice may choose the weights, never the test set
                 self.best["weights"] = self.weights()
 
     def row(self, epoch: int, scores: dict[str, Score]) -> dict[str, Any]:
@@ -391,7 +392,7 @@ class Learner:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state()`. Raises RuntimeError or KeyError when it belongs to another recipe."""
         for number in range(state["phase"] + 1 if state["phase"] != self.phase_number else 0):
-            self._enter(number)  # in order, for each may have an optimizer of its own
+            self._enter(number)  # in order, since each may have its own optimizer
         self.method.load_state_dict(state["method"])
         for name, module in self.method.learners().items():
             module.load_state_dict(state["learners"][name])

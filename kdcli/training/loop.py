@@ -24,8 +24,8 @@ from kdcli.training.student import save_student
 def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
     """Train every learner of the session to its end, yielding after each update and each epoch.
 
-    A checkpoint is written after every epoch, every `train.checkpoint_minutes`, and on SIGINT or SIGTERM before
-    leaving, which waits for nothing but the update under way.
+    A checkpoint is written after every epoch, every `train.checkpoint_minutes`, and on SIGINT or SIGTERM, which
+    end the training after the current update at the latest.
 
     Raises:
         DivergedError: a loss is no longer finite (exit 4); the last good checkpoint stays.
@@ -69,7 +69,7 @@ def train(session: Session, *, resume: bool = False) -> Iterator[Event]:
 
 
 def _train_pass(session: Session, learner: Learner, epoch: int) -> Callable[[], Iterator[Lesson]]:
-    """What a method calls to iterate the training set once without gradient."""
+    """The function with which a method iterates the training set once, without gradient."""
 
     def lessons() -> Iterator[Lesson]:
         for batch in session.data.train.plain(session.config.batch_size, session.stream.device):
@@ -79,7 +79,7 @@ def _train_pass(session: Session, learner: Learner, epoch: int) -> Callable[[], 
 
 
 def _update(active: list[Learner], batch: Batch, answers: Answers, epoch: int, number: int, batches: int) -> list[str]:
-    """One update of every learner; on CUDA side by side, each on a stream of its own. Returns each one's notice."""
+    """One update of every learner; on CUDA in parallel, each on its own stream. Returns each learner's notice."""
     if batch.whole is not None:
         layout = batch.whole.layout
         answers = Answers(all_rows(answers.outputs, layout), answers.unfused and all_rows(answers.unfused, layout))
@@ -122,7 +122,7 @@ def _scores(session: Session, learner: Learner, epoch: int) -> dict[str, Score]:
 
 
 def _record(session: Session, learner: Learner, epoch: int, scores: dict[str, Score]) -> dict[str, Any]:
-    """Log an epoch (counted from 1) of one learner, keep what it is to keep, and remember its best."""
+    """Log an epoch (counted from 1) of one learner, save weights that are to be kept, and note its best epoch."""
     run, data = session.runs[learner.name], session.data
     if scores:
         learner.note_best(

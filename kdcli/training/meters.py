@@ -1,4 +1,4 @@
-"""Sums over an epoch."""
+"""The epoch meter."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ class EpochMeter:
         for name, value in values.items():
             value = value.detach().double() if value.device.type != "mps" else value.detach()
             if name in self.sums:
-                self.sums[name] += value  # in place: a captured step adds where it added before
+                self.sums[name] += value  # in place: a captured step always writes to the same memory
             else:
                 self.sums[name] = value.clone()
 
     def clear(self) -> None:
-        """Begin an epoch."""
+        """Set all sums to zero, in place."""
         for value in self.sums.values():
             value.zero_()
         self.batches = 0

@@ -12,7 +12,7 @@ from kdcli.training import schedule
 def make_optimizer(parts: nn.Module, config: TrainConfig) -> Optimizer:
     """timm's optimizer over the parameters of `parts` that require a gradient.
 
-    Raises RecipeError for one that timm cannot make.
+    Raises RecipeError if timm cannot create it.
     """
     try:
         return create_optimizer_v2(

@@ -1,4 +1,4 @@
-"""When memory runs out in a step: what is undone before smaller parts are tried, and the error when nothing helps."""
+"""Out of memory in a step: what is undone before a retry in smaller micro-batches, and the error if none fits."""
 
 from collections.abc import Iterable
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from kdcli.errors import OutOfMemory
 from kdcli.system import device as devices
 
-FEWEST = 2  # images in a micro-batch, at least: batch norm needs two values a channel
+FEWEST = 2  # images in a micro-batch, at least: batch norm needs two values per channel
 Norm = nn.modules.batchnorm._NormBase
 
 
 class Snapshot:
-    """The running statistics of all batch norms of some modules, which a failed step has changed.
+    """The running statistics of all batch norms of some modules, to undo what a failed step changed.
 
-    Taken only until a step of its size has fit, so that other steps need not copy them.
+    Taken only until a step of the same size has fit into memory; later ones need no copy.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

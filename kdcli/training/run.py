@@ -1,4 +1,4 @@
-"""The run folder: recipe, provenance, metrics, checkpoint, student; written whole or not at all."""
+"""The run folder: recipe, provenance, metrics, checkpoint, student; every file is written atomically."""
 
 import contextlib
 import hashlib
@@ -39,7 +39,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         path = self.path / "recipe.toml"
-        if not path.is_file() and self.begun and "recipe_toml" in (facts := self.provenance):  # killed between the two
+        if not path.is_file() and self.begun and "recipe_toml" in (facts := self.provenance):  # killed in between
             return recipes.from_dict(recipes.located(tomllib.loads(facts["recipe_toml"]), self.path), str(path))
         return recipes.load(str(path))
 
@@ -49,13 +49,13 @@ class Run:
 
     @property
     def begun(self) -> bool:
-        """Whether the folder holds a run; its provenance is the first thing a run writes, after its own methods."""
+        """Whether the folder holds a run: only copies of the user's methods are written before provenance.json."""
         return (self.path / "provenance.json").exists()
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: the score is the last thing a run writes, the table a compare's."""
-        facts = self.provenance  # runs of earlier versions say it by their best epoch
+        """Whether the run is complete: its provenance says so or, for a compare, compare.json exists."""
+        facts = self.provenance  # runs of earlier versions have only best_epoch
         return bool(facts.get("finished", "best_epoch" in facts)) or (self.path / "compare.json").is_file()
 
     @property
@@ -72,12 +72,12 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """As `finished`, also where the folder was not begun."""
+        """As `finished`; False where the folder holds no run."""
         return self.begun and self.finished
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is one, good or not."""
+        """Whether a checkpoint file exists, valid or not."""
         return any((self.path / name).is_file() for name in CHECKPOINTS)
 
     @property
@@ -85,11 +85,11 @@ class Run:
         return str(self.provenance.get("kind", "distill"))
 
     def start(self, recipe: Recipe, provenance: dict[str, Any]) -> None:
-        """Lay the folder out. Raises RecipeError when it already holds a run.
+        """Write a new run's first files. Raises RecipeError when the folder already holds a run.
 
-        From its first file on the run can be resumed: the provenance holds the recipe too. Its `number` is larger than
-        that of any run in the same folder, so that the newest is known whatever the clock says. The
-        user's methods are copied, and the recipe that is kept names the copies.
+        The provenance holds the recipe too, so that a run can be resumed once that file is written. Its `number` is
+        larger than that of any run next to it, so that the newest is known whatever the clock says. The user's methods
+        are copied, and the saved recipe names the copies.
         """
         self.check_free()
         for label, name in recipe.own_methods().items():
@@ -102,13 +102,13 @@ class Run:
         write_text(self.path / "recipe.toml", recipe.toml())
 
     def repair(self) -> None:
-        """Put right what a kill left of a folder's beginning or of a file half written."""
+        """After a kill: remove temporary files, and write recipe.toml if it is missing."""
         remove_stale(self.path)
         if self.begun and not (self.path / "recipe.toml").is_file():
             write_text(self.path / "recipe.toml", self.recipe.toml())
 
     def check_methods(self) -> None:
-        """Raise RecipeError when the file of an own method is another than the run began with, here or where it lay."""
+        """Raise RecipeError if a user's method has changed since the run began, in its copy here or in its own file."""
         for label, facts in self.provenance.get("own_methods", {}).items():
             kept = self.path / f"{label}.py"
             for path in (kept, Path(facts["file"])):
@@ -146,7 +146,7 @@ class Run:
                 ) from None
 
     def amend(self, **facts: Any) -> None:
-        """Add facts to the provenance (scores, the epoch that ships); None takes one out."""
+        """Add facts to the provenance (scores, the epoch that ships); None removes one."""
         both = {**self.provenance, **facts}
         kept = {key: fact for key, fact in both.items() if fact is not None}
         write_text(self.path / "provenance.json", json.dumps(kept, indent=1))
@@ -171,9 +171,9 @@ class Run:
             write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        """Write last.ckpt whole, or leave the old one, which becomes previous.ckpt.
+        """Write last.ckpt atomically; the one before becomes previous.ckpt.
 
-        While it is being written the folder holds three: one of them is good whatever happens.
+        While it is being written the folder holds three checkpoints, so that one of them is valid whatever happens.
         """
         import torch
 
@@ -194,7 +194,7 @@ class Run:
         if previous.is_file():
             state, _ = _read(previous)
             if state is not None:
-                os.replace(previous, last)  # a broken file must not take the place of the only good one
+                os.replace(previous, last)  # else the next checkpoint would move the broken file over the good one
                 return {**state, "notice": f"{wrong}; going on from the one before it, previous.ckpt"}
             wrong += f"; nor is {previous.name} a good one"
         raise WeightsError(wrong, hint="Start it again without --resume, with another --out.")
@@ -223,7 +223,7 @@ def new(student: str, method: str, out: Path | None = None) -> Run:
 
 
 def every() -> list[Run]:
-    """All runs under runs/, the oldest first; the learners of a compare are listed inside theirs, not here."""
+    """All runs under runs/, oldest first, without the learners inside a compare."""
     runs: dict[tuple[int, str, str], Run] = {}
     for path in ROOT.glob("*/provenance.json"):
         run = Run(path.parent)
@@ -239,7 +239,7 @@ def every() -> list[Run]:
 def find(name: str | None, *, learner: bool = True) -> Run:
     """A run by path or name, or the newest under runs/; a compare stands for the learner its recipe names.
 
-    Raises RecipeError (exit 2) when there is none or it is not known.
+    Raises RecipeError (exit 2) when there is no such run.
     """
     if name is None:
         runs = [run for run in every() if not learner or run.finished]
@@ -311,7 +311,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # torch raises half a dozen kinds, some without a word
+    except Exception as error:  # torch raises many kinds, some without a message
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return None, f"{path} is not a kdcli checkpoint: {reason}"
     if not isinstance(state, dict) or not {"epoch", "batch", "learners"} <= state.keys():

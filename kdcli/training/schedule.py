@@ -17,22 +17,22 @@ FALL = 5  # the classroom preset falls from lr to lr / 5 during the first half
 
 
 class Milestones(MultiStepLRScheduler):
-    """The rate falls once each number of epochs is over; timm's own lets the last of them have the lower rate too."""
+    """The rate falls after each milestone's number of epochs; timm's own scheduler lowers it one epoch earlier."""
 
     def get_curr_decay_steps(self, t: int) -> int:
         return bisect_right(self.decay_t, t)
 
 
 def base_lr(config: TrainConfig) -> float:
-    """The rate an optimiser starts from: the classroom preset begins above it and falls to it."""
+    """The optimiser's base rate; the classroom preset begins above it and falls to it."""
     return config.lr / FALL if config.schedule == "classroom" else config.lr
 
 
 def build(optimizer: Optimizer, config: TrainConfig, epochs: int, steps_per_epoch: int) -> Scheduler:
-    """The timm scheduler that `set_lr` asks.
+    """The timm scheduler that `set_lr` steps.
 
-    crd: lr, then x0.1 after epochs 150, 180 and 210 of 240. classroom: what the ClassroomKD code's "120-epoch warm-up"
-    comes to, a linear fall from lr to lr / 5 during epochs 1-120, flat to 150, then as crd (papers.md section 2.2).
+    crd: lr, then x0.1 after epochs 150, 180 and 210 of 240. classroom: a linear fall from lr to lr / 5 in epochs 1-120
+    (the effect of the ClassroomKD code's "120-epoch warm-up"), flat to 150, then as crd (papers.md section 2.2).
     cosine, tanh and poly change at every update, the others once an epoch. With `cycles` cosine restarts (DiSK).
     Raises RecipeError for an unknown name.
     """
@@ -90,6 +90,6 @@ def _milestones(optimizer: Optimizer, epochs: list[int], rate: float, warm: tupl
 
 
 def set_lr(scheduler: Scheduler, epoch: int, update: int) -> None:
-    """Set the optimiser's rate for update `update` (from 0), which lies in `epoch` (from 0): no state but these two."""
+    """Set the optimiser's rate for update `update` (from 0), which lies in `epoch` (from 0); nothing else matters."""
     scheduler.step(epoch)
     scheduler.step_update(update)

@@ -12,12 +12,12 @@ from kdcli.system import distributed
 from kdcli.training.learner import Learner
 from kdcli.training.run import Run
 
-LONG = 1000  # updates from which measuring the look-ahead is worth its few passes
+LONG = 1000  # least number of updates for which measuring the look-ahead pays back
 
 
 @dataclass
 class Step:
-    """After an update: where the loop is. `learners` may be read, slowly: that waits for the device."""
+    """After an update: where the loop is. Reading from `learners` is slow: it waits for the device."""
 
     epoch: int  # from 1
     epochs: int

@@ -31,7 +31,7 @@ def save_student(
 def card(
     member: Member, data: DataSet, *, task: str, epoch: int | None, score: Score | dict[str, float], origin: str
 ) -> Card:
-    """The card that says what a trained network is and how it wants its input."""
+    """The card of a trained network: what it is, how its input is preprocessed, its score and origin."""
     return Card(
         path=None,
         name=f"{member.name} on {data.name}",

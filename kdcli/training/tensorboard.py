@@ -1,4 +1,4 @@
-"""TensorBoard, an extra: the rows of metrics.jsonl once more, as its event files."""
+"""TensorBoard (an optional extra): the rows of metrics.jsonl as event files."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def check() -> None:
 def write(folder: Path, row: dict[str, Any]) -> None:
     """Append one epoch's metrics under the names they have in metrics.jsonl; `tensorboard --logdir runs` shows them.
 
-    An epoch that a resumed run does again takes the place of the earlier one. Raises DataError when the disk is full.
+    An epoch that a resumed run repeats replaces the earlier one. Raises DataError when the disk is full.
     """
     from torch.utils.tensorboard import SummaryWriter
 

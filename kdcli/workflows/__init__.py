@@ -1,1 +1,1 @@
-"""What a user asks for, one file each: the commands' work without their printing."""
+"""The work of the commands without their printing, one file each."""

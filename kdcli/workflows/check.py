@@ -1,4 +1,4 @@
-"""A classroom checked without training: sizes, scores, a few steps of every phase and what the whole would cost."""
+"""A classroom checked without training: sizes, scores, a few steps of every phase and an estimate of the whole cost."""
 
 import itertools
 import tempfile
@@ -27,7 +27,7 @@ from kdcli.training.session import Session
 from kdcli.workflows import groups, stages
 
 STEPS = 3  # timed steps of each phase
-CLOSE_TO_CHANCE = 2.0  # a mentor below this many times the score of guessing is warned of
+CLOSE_TO_CHANCE = 2.0  # warn of a mentor that scores less than this many times as much as guessing
 
 
 @dataclass
@@ -39,7 +39,7 @@ class ModelRow:
     params: int
     macs: int  # multiply-adds of one image at its own input size
     input_size: Size
-    score: dict[str, float]  # on the images it was scored on; empty where it was not
+    score: dict[str, float]  # on test images; empty where it was not scored
     origin: str
 
 
@@ -55,7 +55,7 @@ class Checked:
     epochs: int = 0  # of all phases
     notes: list[tuple[str, object, str]] = field(default_factory=list)
     taps: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
-    """What a method can read of each network, by name, with its shape for one image."""
+    """{network: {tap: its shape for one image}}: the maps that a method can read."""
 
     def json(self) -> dict[str, Any]:
         """As plain data; a row's score also under the metrics' names, None where it was not scored."""
@@ -67,7 +67,7 @@ class Checked:
 
 
 def check(recipe: Recipe, device: torch.device, images: int) -> Checked:
-    """Resolve, load, score the mentors on up to `images` test images (0: all), try a few steps without keeping them.
+    """Load a recipe's networks, score its mentors on up to `images` test images (0: all), and time a few steps.
 
     Stages come first, each with untrained stand-ins for the networks that earlier ones will train.
     """
@@ -89,7 +89,7 @@ def check(recipe: Recipe, device: torch.device, images: int) -> Checked:
 
 
 def _check_last(recipe: Recipe, named: Recipe, classroom: Classroom, images: int) -> Checked:
-    """A classroom's table and its recipe's cost; `named` is the recipe before stages' results replaced their names."""
+    """A classroom's table and its recipe's cost; `named` is the recipe with its `@stage:` names."""
     device, data = classroom.device, classroom.data
     task = TASKS[recipe.task](len(data.classes))
     student = classroom.student(recipe.train.seed)
@@ -97,7 +97,7 @@ def _check_last(recipe: Recipe, named: Recipe, classroom: Classroom, images: int
     for member in (student, *classroom.mentors):
         try:
             found.taps[member.name] = member.taps()
-        except WeightsError as error:  # methods that learn from logits alone can use it all the same
+        except WeightsError as error:  # methods that read only logits can still use it
             found.facts.append(error.message)
     cost = _measure_cost(recipe, classroom)
     _score_mentors(found, named, classroom, task, images)
@@ -147,7 +147,7 @@ def _score_mentors(found: Checked, named: Recipe, classroom: Classroom, task: Ta
 
 @dataclass
 class PhaseCost:
-    """What one phase of a method takes here."""
+    """The length of a phase, and the time of one step on this machine."""
 
     epochs: int
     step_seconds: float
@@ -155,10 +155,10 @@ class PhaseCost:
 
 @dataclass
 class Cost:
-    """What a training takes here, scoring not included."""
+    """The estimated cost of a training on this machine, without scoring."""
 
     phases: dict[str, PhaseCost]
-    steps: int  # an epoch
+    steps: int  # per epoch
 
     @property
     def epochs(self) -> int:
@@ -173,7 +173,7 @@ def _measure_cost(recipe: Recipe, classroom: Classroom) -> Cost:
     """Time real steps of every phase, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "dry")
-        live = recipe.with_(**{"classroom.bank": False})  # nothing may be left behind
+        live = recipe.with_(**{"classroom.bank": False})  # a bank would stay on the disk
         session = groups.open_session({recipe.method.label: live}, classroom, run, {recipe.method.label: run})
         learner = session.learners[0]
         phases: dict[str, PhaseCost] = {}
@@ -199,7 +199,7 @@ def _timed(session: Session, epoch: int) -> float:
 
 
 def _one_lesson(session: Session, learner: Learner) -> Iterator[Lesson]:
-    """The first batch of what `begin_epoch` reads of the training set."""
+    """The training pass that `begin_epoch` gets, cut to its first batch."""
     batch = next(session.data.train.plain(session.config.batch_size, session.stream.device))
     yield learner.lesson(batch, session.mentors.answer(batch).of(learner.needs), 0.0, 0)
 
@@ -210,7 +210,7 @@ def epochs(n: int) -> str:
 
 
 def _bank_size(recipe: Recipe, classroom: Classroom, device: torch.device) -> str:
-    """What the recipe's banks take on the disk, and how many exist."""
+    """A sentence: the disk space that the recipe's banks take, and how many exist."""
     precision, _ = devices.precision(recipe.classroom.precision, device, frozen=True)
     wanted = {bank_files.id_of(one): one for one in bank_build.needed(classroom, recipe, precision).values()}
     there = sum((bank_files.folder() / name).is_dir() for name in wanted)
@@ -219,6 +219,6 @@ def _bank_size(recipe: Recipe, classroom: Classroom, device: torch.device) -> st
 
 
 def _some(test: Split, images: int) -> Split:
-    """At most `images` (0: all) of a split, spread evenly over it: folders come sorted by class."""
+    """At most `images` (0: all) of a split, spread evenly over it, since data from folders is sorted by class."""
     n = min(images, len(test)) or len(test)
     return test.subset(torch.arange(n) * len(test) // n)

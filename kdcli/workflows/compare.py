@@ -1,7 +1,7 @@
-"""Methods side by side: one stream, one call of the mentors a batch, every learner trained as if it were alone.
+"""Methods side by side: one stream, one forward pass of the mentors per batch, each learner trained as if alone.
 
 A method whose mentors must be trained first (takd, dgkd, a recipe's stages) has a classroom that no other can share:
-its learners come after those that share one, each by itself, on the same stream of images.
+its learners are trained after those that share one, one at a time, on the same stream of images.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ CONTROL = "nokd"
 
 @dataclass
 class Line:
-    """One method's row: the metric's unit, gains in points of it."""
+    """One method's row; values and gains are in the metric's unit."""
 
     method: str
     seeds: list[int]
@@ -54,7 +54,7 @@ class Comparison:
     source: str = ""  # of the published figures
     epoch: str = ""  # which epoch they report
     run: str = ""  # the compare's folder
-    stands_for: str = ""  # the learner that is meant where one run is: the recipe's method, first seed, never the best
+    stands_for: str = ""  # the learner used where one run is wanted: the recipe's method, first seed, never the best
 
     def line(self, method: str) -> Line:
         return next(line for line in self.lines if line.method == method)
@@ -69,7 +69,7 @@ class Comparison:
 
 
 def learners(recipe: Recipe, methods: list[str], seeds: list[int]) -> dict[str, Recipe]:
-    """A recipe for every method and seed, the control first, each as a `distill` of it alone would run it."""
+    """A recipe for every method and seed, the control first, each the same as `distill` would run it alone."""
     return {
         f"{label}-{seed}": recipe.with_method(name).with_(**{"train.seed": seed})
         for label, name in folder_names(methods).items()
@@ -78,7 +78,7 @@ def learners(recipe: Recipe, methods: list[str], seeds: list[int]) -> dict[str, 
 
 
 def folder_names(methods: list[str]) -> dict[str, str]:
-    """The control and the methods by the name their folders have. Raises RecipeError where two have the same."""
+    """{folder name: method}, the control first. Raises RecipeError where two methods have the same folder name."""
     names: dict[str, str] = {}
     for method in dict.fromkeys([CONTROL, *methods]):
         label = user_code.label(method)
@@ -119,7 +119,7 @@ def compare(
         out: the compare's folder; default: a new one under runs/.
 
     Raises:
-        KdcliError: with nothing written, for whatever would stop a training before its first step.
+        KdcliError: for anything that would stop a training before its first step; nothing is written then.
     """
     groups.check_expect(recipe)
     for name in methods:

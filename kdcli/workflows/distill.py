@@ -22,11 +22,11 @@ from kdcli.workflows.groups import Follow
 
 @dataclass
 class Published:
-    """A published figure of the run's method, and what this run measured that compares with it."""
+    """A published figure of the run's method, and this run's figure to compare with it."""
 
     value: float
     measured: float
-    epoch: str  # which epoch both are of: best or last
+    epoch: str  # the epoch of both: best or last
     tolerance: float
 
     @property
@@ -46,11 +46,11 @@ class Result:
     last: float
     best: float  # the best epoch's; chosen on the test set, so only a record
     best_epoch: int
-    epoch: int  # that the shipped weights are of
+    epoch: int  # of the shipped weights
     data: str  # the data set's name
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> recipe's hash, epoch, score
     published: Published | None = None
-    zoo: Card | None = None  # of a model trained alone: what was added to the user's zoo
+    zoo: Card | None = None  # the card added to the user's zoo, for a model trained alone
 
     def json(self) -> dict[str, Any]:
         """As plain data; each stage's score also under the metrics' names."""
@@ -80,7 +80,7 @@ def distill(
         keep: epochs (from 1) whose weights are kept.
 
     Raises:
-        KdcliError: with nothing written, for whatever would stop the training before its first step.
+        KdcliError: for anything that would stop the training before its first step; nothing is written then.
     """
     groups.check_expect(recipe)
     run = run_folder(out, recipe, recipe.method.label if kind == "distill" else kind)
@@ -158,7 +158,7 @@ def run_folder(out: str | None, recipe: Recipe, method: str) -> Run:
 
 
 def interrupted_run() -> str | None:
-    """The run that this very command began before one of its ranks died; None when there is none to resume."""
+    """The run that this command had begun when one of its ranks died; None when there is none to resume."""
 
     def find() -> str | None:
         path = distributed.resumable_run()
@@ -168,7 +168,7 @@ def interrupted_run() -> str | None:
 
 
 def to_resume(name: str, kind: str, *, finished_too: bool = False) -> Run:
-    """The run that --resume names. Raises RecipeError when it is finished, or another command's."""
+    """The run that --resume names. Raises RecipeError when it is finished, or belongs to another command."""
     run = runs.find(name, learner=False)
     for whole in map(Run, reversed([*run.path.parents][:3])):
         if whole.begun and (whole.kind == "compare" or "stages" in whole.provenance):

@@ -1,4 +1,4 @@
-"""What this machine can do, and a small run through the whole tool that proves it."""
+"""What this machine can do, and a self-test that trains, exports and checks a tiny student."""
 
 import os
 import shutil

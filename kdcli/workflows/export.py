@@ -29,10 +29,10 @@ def export(
     """Export `member` to `path`, in the format of its suffix, with what a device engineer must know in its metadata.
 
     `run` is where the network was trained, `batch` fixes the batch size, `options` are the format's (`opset`). The file
-    has its name only when it was checked; until then, and when anything fails, a file of that name stays as it was.
+    gets its name only after the check; until then, and if anything fails, an existing file of that name is unchanged.
 
-    Raises ParityError (exit 5) when the file answers differently, DataError (exit 3) when it cannot be written, and as
-    the format's writer does (`export.onnx.export_onnx`).
+    Raises ParityError (exit 5) when the file answers differently, DataError (exit 3) when it cannot be written, and
+    what the format's writer raises (`export.onnx.export_onnx`).
     """
     kind = format_of(path)
     if path.is_dir():
@@ -49,7 +49,7 @@ def export(
 
 
 def _facts(run: Run, task: Task) -> dict[str, str]:
-    """Where a student comes from, and its metrics on the test set: percent, the others (the loss) in their unit."""
+    """A student's run and recipe, and its test metrics as text: percentages, and the loss in its own unit."""
     score = run.score
     scores = {m.name: f"{score[m.name]:.{2 if m.unit else 4}f}" for m in task.metrics if m.name in score}
     return {"run": str(run.path), "recipe": run.provenance["recipe"], **scores}

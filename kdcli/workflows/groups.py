@@ -1,7 +1,7 @@
-"""Groups of learners: each shares data, stream and mentors in one session, which is started or resumed, and finished.
+"""Groups of learners that share data, stream and mentors in one session: how it is started, resumed and finished.
 
 A distill or train is a group of one learner, a recipe's stages are groups one after the other, and a compare is a group
-of all learners that can share a classroom, then a group for every other one.
+of all learners that can share a classroom, then a group for each other learner.
 """
 
 import contextlib
@@ -176,7 +176,7 @@ def _mentor_precision(recipe: Recipe, device: torch.device) -> tuple[Any, str]:
 
 
 def _open_mentors(recipe: Recipe, classroom: Classroom, learners: list[Learner]) -> Mentors:
-    """The classroom's mentors, with all that any of the learners needs of them; none where no learner needs any."""
+    """The classroom's mentors, with every output that a learner needs; no mentors if no learner needs any."""
     with_mentors = [learner for learner in learners if learner.method.teachers]
     if not with_mentors:
         return Mentors([], _mentor_precision(recipe, classroom.device)[0], classroom.device)
@@ -194,7 +194,7 @@ def _open_mentors(recipe: Recipe, classroom: Classroom, learners: list[Learner])
 
 
 def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
-    """Which mentors are compiled when the training begins."""
+    """The names of the mentors to compile when the training begins."""
     if recipe.classroom.compile is not None:
         return [member.name for member in mentors.members] if recipe.classroom.compile else []
     if mentors.banks or mentors.needs:  # a bank's entries must have the same last bits, whichever run wrote them
@@ -203,7 +203,7 @@ def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
 
 
 def _options(recipe: Recipe) -> str:
-    """All options of a recipe's method as they are in force."""
+    """All options of a recipe's method with their values, as text."""
     values = methods.in_force(recipe.method.name, recipe.method.options)
     return ", ".join(f"{key} = {value}" for key, value in values.items() if value is not None) or "no options"
 
@@ -212,8 +212,8 @@ def start(session: Session, kind: str, classroom: Classroom, *, missing_only: bo
     """Write recipe and provenance into every learner's folder. Raises RecipeError for a folder that holds a run.
 
     Args:
-        kind: the command that is named where the session's run is a learner's own folder.
-        missing_only: leave folders as they are that hold a run.
+        kind: the command to record where the session's run is a learner's own folder.
+        missing_only: skip folders that already hold a run.
     """
     common = facts_of(classroom)
     kept = {"keep": sorted(session.keep)} if session.keep else {}  # a resumed run keeps them too
@@ -290,7 +290,7 @@ def _note_ranks(folders: list[Run]) -> None:
 
 
 def finish(session: Session, learner: Learner) -> None:
-    """Write the student: the last epoch's or, with a held-out slice, that of the epoch best on it."""
+    """Write the student: the last epoch's or, with a held-out slice, that of the epoch with the best score on it."""
     folder, metric = session.runs[learner.name], learner.task.metrics[0]
     names = [one.name for one in learner.task.metrics]
     scored = [row for row in folder.metrics() if f"test/{metric.name}" in row]

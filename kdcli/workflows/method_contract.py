@@ -2,7 +2,7 @@
 
 A check is a function of (toy, method's name, options). It returns if the method keeps the rule, raises `Broken` if it
 does not, and `Idle` if the rule does not apply to the method. The file is long because all rules are in one place; what
-the engine guarantees whatever the method is tested in tests/contract.
+the engine guarantees for every method is tested in tests/contract.
 """
 
 import copy
@@ -60,7 +60,7 @@ class Verdict:
 
 
 def examine(name: str, options: Options, device: torch.device) -> Iterator[Verdict]:
-    """Run every check: on the CPU, where equal means equal to the bit, and the one about synchronisation on a GPU.
+    """Run every check on the CPU, where equal means equal to the bit, but `no_step_waits` on `device` if that is a GPU.
 
     Raises RecipeError if the method cannot be created with these options.
     """
@@ -79,7 +79,7 @@ def examine(name: str, options: Options, device: torch.device) -> Iterator[Verdi
 
 
 def task_of(method: Method) -> str:
-    """The task on which a method is checked: the first one of TASKS that it is for."""
+    """The task on which a method is checked: the first one of TASKS that it supports."""
     return next(task for task in TASKS if task in method.tasks)
 
 
@@ -114,8 +114,8 @@ def total(terms: dict[str, Tensor]) -> Tensor:
 
 
 def terms_are_sound(toy: Toy, name: str, options: Options) -> None:
-    """Named scalars of float32, `hard` among them (at the latest in the last phase), with a gradient to what learns;
-    notes that can be logged."""
+    """Terms are named float32 scalars with a gradient for what learns, `hard` among them at least in the last phase;
+    notes can be logged."""
     subject = toy.subject(name, options)
     for phase, given in subject.lessons:
         lesson = remade(given)
@@ -170,8 +170,8 @@ def pattern(kind: str, right: Tensor) -> Tensor:
 
 
 def extremes_stay_finite(toy: Toy, name: str, options: Options) -> None:
-    """Logits up to 1e4 in float32, bfloat16 and float16, and features that are zero, large or equal: loss and gradient
-    are finite."""
+    """Loss and gradient are finite for logits up to 1e4 in float32, bfloat16 and float16, and for features that are
+    zero, large or equal."""
     subject = toy.subject(name, options)
     deep = bool(subject.method.needs & FEATURES)
     for phase, given in subject.lessons:
@@ -241,7 +241,7 @@ def steps_are_alike(toy: Toy, name: str, options: Options) -> None:
 
 
 def nothing_is_read_back(toy: Toy, name: str, options: Options) -> None:
-    """`loss` and `after` copy no value to the host (`.item()`, `if tensor`, masks as index): fake tensors have none."""
+    """`loss` and `after` copy no value to the host (`.item()`, `if tensor`, mask as index): fake tensors hold none."""
     subject = toy.subject(name, options)
     for phase, given in subject.lessons:
         subject.restore(phase)
@@ -265,7 +265,7 @@ def no_step_waits(toy: Toy, name: str, options: Options) -> None:
         raise Idle("only on CUDA")
     subject = toy.subject(name, options)
     for phase, given in subject.lessons:
-        total(subject.terms(phase, remade(given))).backward()  # a first time: handles that torch creates on first use
+        total(subject.terms(phase, remade(given))).backward()  # warm-up: torch creates handles on first use
         subject.restore(phase)
         lesson = remade(given)
         torch.cuda.synchronize()
@@ -310,8 +310,8 @@ def peers_targets_are_detached(toy: Toy, name: str, options: Options) -> None:
 
 
 def loss_falls(toy: Toy, name: str, options: Options) -> None:
-    """In 20 to 60 steps on one batch the loss of every phase falls, in the last phase by a tenth; so does the
-    graduate's loss with the labels, unless features teach, whose weights may dominate at first."""
+    """In 20 to 60 steps on one batch the loss of every phase falls, in the last phase by a tenth. The graduate's loss
+    with the labels falls too, unless the method reads features: their terms may dominate at first."""
     one = toy.learner(name, options)
     given = toy.batches(one, 1)
     before = hard_loss(one, given[0][0])
@@ -370,7 +370,7 @@ def only_learners_learn(toy: Toy, name: str, options: Options) -> None:
 
 
 def goes_on_as_saved(toy: Toy, name: str, options: Options, **settings: Any) -> None:
-    """Saved after some steps of every phase, loaded and continued, it has the same losses and weights."""
+    """A learner that is saved within a phase, loaded and continued has the same losses and weights as without that."""
     one = toy.learner(name, options, **settings)
     given = toy.batches(one, 4)
     for phase, epoch in toy.phases(one):
@@ -465,7 +465,7 @@ def one_image_is_enough(toy: Toy, name: str, options: Options) -> None:
 
 
 def fewest_mentors_suffice(toy: Toy, name: str, options: Options) -> None:
-    """It trains with the smallest number of mentors that it names."""
+    """The method trains with the smallest number of mentors that it accepts."""
     least = methods.build(name, options).teachers
     one = toy.learner(name, options, mentors=least)
     given = [(batch, outputs[:least]) for batch, outputs in toy.batches(one, 1)]
@@ -505,7 +505,7 @@ def graduate_is_what_ships(toy: Toy, name: str, options: Options) -> None:
 
 
 def options_are_typed(toy: Toy, name: str, options: Options) -> None:
-    """Every option refuses some kind of value, by its name."""
+    """Every option refuses values of a wrong type, with an error that names the option."""
     for key in methods.options(name):
         refused = False
         for probe in ({"zzz": None}, "zzz", math.nan, [None]):

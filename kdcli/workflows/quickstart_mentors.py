@@ -23,8 +23,8 @@ def recipe() -> Recipe:
 def train(config: Recipe, device: torch.device, follow: Follow) -> None:
     """Train the recipe's mentors on all of its training set, and put them into the user's zoo.
 
-    The students see a part of that set only (`data.per_class`): what the mentors know of the rest is what can be
-    gained from them.
+    The students train on a part of that set only (`data.per_class`), so that they can gain from mentors that were
+    trained on all of it.
     """
     for name in dict.fromkeys([config.classroom.teacher, *config.classroom.peers]):
         arch = resolve(str(name)).arch
@@ -41,7 +41,7 @@ def train(config: Recipe, device: torch.device, follow: Follow) -> None:
 
 
 def prepare(config: Recipe, device: torch.device, follow: Follow) -> None:
-    """Train the quickstart's mentors where a recipe has its data and mentors and the zoo lacks one of them."""
+    """Train the quickstart's mentors if a recipe has the same data and mentors and the zoo lacks one of them."""
     ours, named = recipe(), config.classroom
     if (config.data.name, named.teacher, named.peers) != (ours.data.name, ours.classroom.teacher, ours.classroom.peers):
         return

@@ -63,7 +63,7 @@ def needs_mentors(recipe: Recipe) -> bool:
 
 
 def resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe without stages: what finished stages in `folder` trained is named by architecture and path."""
+    """The recipe without stages: each `@stage:NAME` becomes the architecture and path of its graduate in `folder`."""
     mentors = needs_mentors(recipe)
     over: dict[str, Any] = {"stage": []}
     for key in NAMED if mentors else NAMED[:1]:

@@ -1,4 +1,4 @@
-"""A classroom of small networks on a hundred digits, and the lessons of a method in it: what its contract runs on."""
+"""A classroom of small networks on a hundred digits, and a method's lessons in it, for checks of the contract."""
 
 import copy
 import hashlib
@@ -112,8 +112,8 @@ class Toy:
         return self._mentors[maps]
 
     def _mentor(self, maps: bool, place: int, noise: float) -> Member:
-        """A network that depends on training mode: a linear one fitted to the labels with some noise, or a small
-        residual one trained for some steps."""
+        """A network whose output depends on training mode: a linear one fitted to noisy labels, or a small residual one
+        trained for some steps."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(place)
             if maps:
