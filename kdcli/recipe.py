@@ -278,7 +278,7 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = find(name, extended_by=_seen[-1] if _seen else None)
     if path in _seen:
         chain = " -> ".join(str(p) for p in (*_seen, path))
-        raise RecipeError(f"recipes extend each other in a circle: {chain}", hint="Remove one `extends` line.")
+        raise RecipeError(f"recipes extend each other in a cycle: {chain}", hint="Remove one `extends` line.")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a byte-order mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -446,7 +446,7 @@ def _check_stages(recipe: Recipe, where: str) -> None:
                 )
         known.append(name)
     if len(recipe.stage) > len({one.name for one in recipe.stage}):
-        raise RecipeError(f"{where}: two stages have one name", hint="Each [[stage]] needs a name of its own.")
+        raise RecipeError(f"{where}: two stages have the same name", hint="Each [[stage]] needs a name of its own.")
 
 
 def _nest(dotted: dict[str, Any]) -> dict[str, Any]:
@@ -457,6 +457,8 @@ def _nest(dotted: dict[str, Any]) -> dict[str, Any]:
         for table in tables:
             here = here.setdefault(table, {})
             if not isinstance(here, dict):
-                raise RecipeError(f"{key}: {table} was given a value of its own too", hint="Leave one of them out.")
+                raise RecipeError(
+                    f"{key}: {table} is given both a value and keys of its own", hint="Leave one of them out."
+                )
         here[last] = value
     return out

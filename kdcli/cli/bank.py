@@ -130,7 +130,7 @@ def rm(
     from kdcli.mentors import bank_files
 
     if (bank is None) != everything:
-        raise RecipeError("which bank?", hint="Name one by its id (`kdcli bank ls`), or all with --all.")
+        raise RecipeError("no bank is named", hint="Name one by its id (`kdcli bank ls`), or all with --all.")
     paths = [bank_files.find(bank)] if bank else bank_files.every()
     for path in paths:
         about = bank_files.describe(path)

@@ -131,7 +131,7 @@ def enter(argv: list[str]) -> None:
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (for the rest of the process)
     command = next((word for word in argv if not word.startswith("-")), "")
     if command and command not in DIVIDED:
-        raise RecipeError(f"kdcli {command} runs in one process", hint="Run it without torchrun.")
+        raise RecipeError(f"kdcli {command} does not run on several ranks", hint="Run it without torchrun.")
 
 
 def leave(error: BaseException, report: Callable[[BaseException], int], *, debug: bool = False) -> NoReturn:

@@ -80,7 +80,7 @@ def _summary(found: "Outcome") -> str:
     words = {
         "better": "more than the seeds' noise explains",
         "worse": "so distillation hurt",
-        "within noise": "which these seeds cannot tell from noise",
+        "within noise": "which is within the seeds' noise",
     }
     verdict = words.get(line.verdict, "but one seed proves nothing: try --seeds 3")
     teacher, _, student = found.shipped

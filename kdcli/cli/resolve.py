@@ -130,7 +130,7 @@ def _task(recipe: Recipe, opened: DataSet) -> Task:
 def _on_data(what: str, over: dict[str, Any]) -> Recipe:
     recipe = Recipe().with_(**over)
     if recipe.data.name is None:
-        raise RecipeError(f"{what}: on which data?", hint="Add --data NAME; `kdcli data ls` lists them.")
+        raise RecipeError(f"{what}: no data is named", hint="Add --data NAME; `kdcli data ls` lists them.")
     return recipe
 
 

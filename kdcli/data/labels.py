@@ -63,7 +63,7 @@ def read(path: Path) -> dict[str, Row]:
             if name in out:
                 raise DataError(
                     f"{where}: {name} was already on line {out[name].line}",
-                    hint="One line an image; several labels are separated by ; in one cell.",
+                    hint="One line per image; several labels are separated by ; in one cell.",
                 )
             labels = {label.strip() for label in cells[at_labels].split(";")} - {""}
             out[name] = Row(reader.line_num, sorted(labels))

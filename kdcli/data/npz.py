@@ -85,7 +85,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             wanted = [k for k in file.files if k == "class_names" or k.endswith(("_images", "_labels"))]
             return {k: file[k] for k in wanted}
     except PermissionError:
-        raise DataError(f"{path}: may not be read", hint=f"chmod u+r {path}") from None
+        raise DataError(f"{path}: permission denied", hint=f"chmod u+r {path}") from None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: truncated, or not an .npz ({error})", hint="Fetch or write it again.") from None
     except (ValueError, AttributeError) as error:  # objects instead of numbers, or not a zip file
@@ -123,7 +123,7 @@ def _labels(raw: np.ndarray, where: str) -> np.ndarray:
         raise DataError(
             f"{where} has shape {raw.shape} and type {raw.dtype}; allowed: class numbers [N] or [N,1], or a 0/1 matrix "
             "[N,K]",
-            hint="Of soft labels keep the largest: labels.argmax(1); of several classes an image store 0 and 1.",
+            hint="For soft labels keep the largest: labels.argmax(1); for several classes per image store 0 and 1.",
         )
     return raw.astype(np.int64)
 

@@ -55,10 +55,10 @@ def _check_task(name: str, kind: str, labels: np.ndarray, task: str) -> None:
     several = task == MultiLabel.name
     if labels.ndim == 2 and not several:
         raise RecipeError(
-            f"{name} has several classes an image (a 0/1 matrix of {labels.shape[1]} classes), and task = {task!r} "
-            "learns one class an image",
+            f"{name} has several classes per image (a 0/1 matrix of {labels.shape[1]} classes), and task = {task!r} "
+            "learns one class per image",
             hint="--set task=multilabel. If every image has exactly one class, store its number instead (npz: "
-            "labels.argmax(1); folder: one folder a class, without labels.csv).",
+            "labels.argmax(1); folder: one folder per class, without labels.csv).",
         )
     if labels.ndim == 1 and several:
         ways = [
@@ -66,8 +66,8 @@ def _check_task(name: str, kind: str, labels: np.ndarray, task: str) -> None:
         ]
         ways = ways or [f"{source.usage}: {source.several}" for source in SOURCES.values() if source.several]
         raise RecipeError(
-            f"{name} has one class an image, and task = {task!r} learns several",
-            hint=f"--set task=classify. Several classes an image are read from {'; '.join(ways)}.",
+            f"{name} has one class per image, and task = {task!r} learns several",
+            hint=f"--set task=classify. Several classes per image are read from {'; '.join(ways)}.",
         )
 
 

@@ -105,7 +105,7 @@ def check_classes(
     """Raises DataError for too few classes, or for classes without training images (named by `describe`)."""
     if len(classes) < (2 if labels.ndim == 1 else 1):
         raise DataError(
-            f"{where}: one class only ({classes[0] if classes else 'none'}); there is nothing to tell apart",
+            f"{where}: only one class ({classes[0] if classes else 'none'}); classification needs at least two",
             hint="Classification needs two classes or more: one folder, or one label, for each.",
         )
     empty = [classes[n] for n in np.flatnonzero(counts_of(labels, len(classes)) == 0)]

@@ -69,8 +69,8 @@ def compare(
         listed = ", ".join(where[:8]) + (f" and {len(where) - 8} more" if len(where) > 8 else "")
         raise ParityError(
             f"the exported file and torch differ by {worst:.2g} of the largest output ({worst * scale:.3g} of "
-            f"{scale:.3g}; allowed {tolerance:g}), the answer differs on {(~alike).sum().item()} of {len(real)} real "
-            f"images; wrong on {listed}",
+            f"{scale:.3g}; allowed {tolerance:g}), the prediction differs on {(~alike).sum().item()} of {len(real)} "
+            f"real images; wrong on {listed}",
             hint=DIFFERS,
         )
     return worst, 100 * alike.float().mean().item()

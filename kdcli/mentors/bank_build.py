@@ -33,7 +33,7 @@ def needed(classroom: Classroom, recipe: Recipe, precision: str) -> dict[str, di
     data = classroom.data
     if recipe.train.mixup or recipe.train.cutmix:
         raise RecipeError(
-            "classroom.bank: mixup and cutmix blend images at random, so a bank would never meet a view again",
+            "classroom.bank: mixup and cutmix blend images at random, so no view repeats and a bank is of no use",
             hint=f"--set train.mixup=0 --set train.cutmix=0, or {WITHOUT}.",
         )
     if data.views is None:

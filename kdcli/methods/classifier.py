@@ -159,7 +159,7 @@ def _before_pooling(teacher: Member, lesson: Lesson) -> Callable[[Tensor], Tenso
         else "gives others: it is pooled in another way (class token), or a norm follows"
     )
     raise RecipeError(
-        f"classroom.teacher: the classifier of {teacher.name} takes {width} numbers, its last map ({shape}) {found}",
+        f"classroom.teacher: the classifier of {teacher.name} expects {width} inputs, its last map ({shape}) {found}",
         hint="Choose a teacher that ends in average pooling and one linear layer (ResNet, WRN, RegNet, Swin), or a "
         "method that does not borrow the classifier: srrl, fitnets, crd.",
     )

@@ -46,7 +46,7 @@ class SHAKE(Method):
         if not ends:
             shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape[1:]))}" for name, x in maps.items())
             raise RecipeError(
-                f"classroom.teacher: the classifier of {context.teacher.name} takes {width} numbers, and no map "
+                f"classroom.teacher: the classifier of {context.teacher.name} expects {width} inputs, and no map "
                 f"from the third on has as many channels ({shapes})",
                 hint="Choose a teacher that ends in pooling and one linear layer (ResNet, RegNet, the zoo's VGG).",
             )

@@ -44,7 +44,7 @@ def choose(
         return Found(None, "from scratch", None, None, False)
     if given == "none":
         raise WeightsError(
-            f"{name.typed}: an untrained mentor would teach noise",
+            f"{name.typed}: an untrained mentor gives random outputs",
             hint=f"Leave out @none, or train it first: kdcli train --model {name.arch} --data {data.name}",
         )
     if given == "pretrained" or names_weights(name):

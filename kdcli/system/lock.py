@@ -34,8 +34,8 @@ def hold(folder: Path) -> Iterator[None]:
         except Timeout:
             raise LockedError(
                 f"{folder} is in use by {_holder(path) or 'another process'}",
-                hint="Wait for it, or stop it first (Ctrl-C or `kill PROCESS` let it save). Another --out is another "
-                "run.",
+                hint="Wait for it, or stop it first (Ctrl-C or `kill PROCESS` let it save). Another --out makes "
+                "another run.",
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:

@@ -39,7 +39,7 @@ def file_of(name: str) -> Path:
     """The file of `file.py:Class`. Raises RecipeError if the name has no class or the file does not exist."""
     path, _, cls = name.rpartition(":")
     if name.endswith(".py") or not cls.isidentifier():
-        raise RecipeError(f"method.name: {name} names no class", hint=f"For example {path or name}:Mine.")
+        raise RecipeError(f"method.name: {name} has no class name", hint=f"For example {path or name}:Mine.")
     file = Path(path).expanduser()
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path()

@@ -1,4 +1,4 @@
-"""Classification, one class an image: cross-entropy, tempered KL, the true class's probability, top-1 and top-5."""
+"""Classification, one class per image: cross-entropy, tempered KL, the true class's probability, top-1 and top-5."""
 
 from collections.abc import Mapping
 from typing import ClassVar

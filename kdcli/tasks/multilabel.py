@@ -1,4 +1,4 @@
-"""Classification with several classes an image: binary cross-entropy, binary KLs, mean average precision, F1."""
+"""Classification with several classes per image: binary cross-entropy, binary KLs, mean average precision, F1."""
 
 from collections.abc import Mapping
 from typing import ClassVar

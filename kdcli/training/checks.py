@@ -19,7 +19,7 @@ def check_task(task: type[Task], train: TrainConfig) -> None:
     given = {"mixup": train.mixup, "cutmix": train.cutmix, "label_smoothing": train.label_smoothing}
     if wrong := [f"train.{key} = {value}" for key, value in given.items() if value]:
         raise RecipeError(
-            f"{', '.join(wrong)}: task {task.name} has no mixed or smoothed labels",
+            f"{', '.join(wrong)}: task {task.name} does not support mixed or smoothed labels",
             hint="Set them to 0, or leave them out.",
         )
 
@@ -46,7 +46,7 @@ def check_method(method: Method, recipe: Recipe, data: DataSet, mentors: int) ->
             hint="--set train.mixup=0 --set train.cutmix=0, or a method for soft labels (kd, aver).",
         )
     if needs & {Need.INDEX, Need.TWO_VIEWS} and mixing:
-        what = "remembers single images by their number" if Need.INDEX in needs else "reads two views of each image"
+        what = "stores data per image, by its index" if Need.INDEX in needs else "reads two views of each image"
         raise RecipeError(
             f"method {name} {what}; mixup and cutmix mix two images into one",
             hint="--set train.mixup=0 --set train.cutmix=0",

@@ -115,7 +115,7 @@ class Run:
                 if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
                     cure = "Put the old one back" + (f" ({kept} is a copy)" if path != kept else "")
                     raise RecipeError(
-                        f"{path} is not the file that {self.path} began with", hint=f"{cure}, or start a new run."
+                        f"{path} has changed since {self.path} began", hint=f"{cure}, or start a new run."
                     )
 
     def check_free(self) -> None:

@@ -158,7 +158,7 @@ def test_a_broken_bank_is_listed_refused_and_removed():
         (["distill", *CLASSROOM, *TINY, "--bank", "--set", "train.mixup=0.2", "--method", "aver"], 2, "train.mixup=0"),
         (["bank", "verify", "nothing"], 2, "kdcli bank ls"),
         (["bank", "rm"], 2, "--all"),
-        (["bank", "rm", "abc", "--all"], 2, "which bank"),
+        (["bank", "rm", "abc", "--all"], 2, "no bank is named"),
         (["distill", "--resume", "x", "--bank"], 2, "--bank would change it"),
         (["compare", "--resume", "x", "--bank"], 2, "--bank would change it"),
     ],

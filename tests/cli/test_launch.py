@@ -171,7 +171,7 @@ def test_a_command_that_cannot_be_divided_is_refused(rank: Callable, monkeypatch
     monkeypatch.setenv("RANK", "0")
     launch.enter(["--debug", "distill"])
     launch.enter(["--help"])
-    with pytest.raises(RecipeError, match="kdcli export runs in one process"):
+    with pytest.raises(RecipeError, match="kdcli export does not run on several ranks"):
         launch.enter(["export", "--onnx"])
 
 
@@ -306,7 +306,7 @@ def test_torchrun_does_the_same() -> None:
     said = ran(*args, "--gpus", "3", "--out", "other", module=torchrun, code=1)
     assert said.err.count("--gpus 3: this process is already one of 2 ranks") == 1
     said = ran("models", "resnet", module=torchrun, code=1)
-    assert said.err.count("kdcli models runs in one process") == 1
+    assert said.err.count("kdcli models does not run on several ranks") == 1
 
 
 @needs_proc

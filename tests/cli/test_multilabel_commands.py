@@ -1,4 +1,4 @@
-"""Several classes an image, through the commands: mosaics of real digits from an .npz file with a 0/1 matrix."""
+"""Several classes per image, through the commands: mosaics of real digits from an .npz file with a 0/1 matrix."""
 
 from pathlib import Path
 

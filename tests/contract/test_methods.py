@@ -124,7 +124,7 @@ MULTILABEL = [
 )  # fmt: skip
 @pytest.mark.parametrize(("name", "options"), MULTILABEL)
 def test_multilabel(check, name, options):
-    """Targets [B, K] with several classes an image: every method that is not only for classification trains on them."""
+    """Targets [B, K] of several classes per image: every method that is not for classification alone trains on them."""
     if (check, name) == ("the graduate is what ships", "classroom") and options:
         pytest.skip("the options change nothing in it")
     try:

@@ -108,7 +108,7 @@ def test_several_classes_an_image_are_packed(pets, tmp_path):
     assert a.train.targets.shape == (24, 2)
     assert a.train.targets.equal(b.train.targets)
     assert a.train.take(24).equal(b.train.take(24))
-    with pytest.raises(RecipeError, match="several classes an image"):
+    with pytest.raises(RecipeError, match="several classes per image"):
         opened(f"pack:{done.path}")
 
 

@@ -1,4 +1,4 @@
-"""Several classes an image: 0/1 matrices in .npz files, labels.csv in folders, and how they are divided."""
+"""Several classes per image: 0/1 matrices in .npz files, labels.csv in folders, and how they are divided."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_labels_of_another_task_are_refused(npz, folder):
         ("digits", "npz:FILE"),
     ):
         error = refused(name, RecipeError)
-        assert "one class an image" in error.message
+        assert "one class per image" in error.message
         assert "task=classify" in error.hint
         assert cure in error.hint
 
@@ -255,7 +255,7 @@ def test_another_labels_csv_leaves_class_folders_alone(folder, tmp_path):
         "file,label\n" + "\n".join(f"{part}/ant/ant0.png,ant" for part in ("train", "val"))
     )
     error = refused(f"folder:{path}", RecipeError, task="classify")
-    assert "several classes an image" in error.message
+    assert "several classes per image" in error.message
     assert "without labels.csv" in error.hint
 
 

@@ -193,7 +193,7 @@ def test_a_small_difference_that_changes_the_answer_is_refused(tmp_path, free, k
         return answers(free.student, torch.from_numpy(pixels)).roll(1, 1).numpy()
 
     monkeypatch.setattr(OnnxModel, "run", turned)
-    with pytest.raises(ParityError, match="answer differs on 64 of 64"):
+    with pytest.raises(ParityError, match="prediction differs on 64 of 64"):
         export(free.student, images(64), tmp_path / "s.onnx", tolerance=10.0)
 
 
@@ -213,7 +213,7 @@ def test_the_task_decides_what_is_the_same_answer(tmp_path, free, known_trace, m
     changed = int(((out.amin(1) < 0) & (out.amax(1) > 0)).sum())
     assert changed > 0
     assert export(free.student, images(64), tmp_path / "s.onnx", tolerance=10.0).agreement == 100
-    with pytest.raises(ParityError, match=r"answer differs on [1-9]\d* of 64"):
+    with pytest.raises(ParityError, match=r"prediction differs on [1-9]\d* of 64"):
         export(free.student, images(64), tmp_path / "s.onnx", MultiLabel(5), tolerance=10.0)
 
 

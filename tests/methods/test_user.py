@@ -141,8 +141,8 @@ def test_the_modules_name_is_private(here):
         ("my_file.py:SOURCE", "my_file.py has no class SOURCE", "Mine"),
         ("my_file.py:Phase", "my_file.py: Phase is not a method", "Mine"),
         ("my_file.py:Method", "my_file.py: Method defines no loss", "def loss"),
-        ("my_file.py", "my_file.py names no class", "my_file.py:Mine"),
-        ("my_file.py:", "my_file.py: names no class", "my_file.py:Mine"),
+        ("my_file.py", "my_file.py has no class name", "my_file.py:Mine"),
+        ("my_file.py:", "my_file.py: has no class name", "my_file.py:Mine"),
         ("mine", "no method called 'mine'", ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""Several classes an image: losses, mark and metrics against plain loops, scikit-learn and numbers by hand."""
+"""Several classes per image: losses, mark and metrics against plain loops, scikit-learn and numbers by hand."""
 
 import math
 

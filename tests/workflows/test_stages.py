@@ -81,7 +81,10 @@ def test_a_recipe_without_stages_is_what_it_was() -> None:
     [
         ({"classroom.teacher": "@stage:mod"}, "@stage:mod: no stage of that name comes before it"),
         ({"stage": TWO["stage"][1:]}, "stage mid: @stage:big: no stage of that name"),  # pyright: ignore
-        ({"stage": TWO["stage"][:1] * 2, "classroom.teacher": BIG, "classroom.peers": []}, "two stages have one name"),  # pyright: ignore
+        (
+            {"stage": TWO["stage"][:1] * 2, "classroom.teacher": BIG, "classroom.peers": []},
+            "two stages have the same name",
+        ),  # pyright: ignore
         ({"stage": [{"name": "a", "student": BIG, "lr": 0.1}]}, r"stage.a.lr: no such key"),
         ({"stage": [{"name": "a", "student": BIG, "train": {"lrr": 1}}]}, r"stage a: train.lrr: no such key"),
         ({"stage": [{"name": "a/b", "student": BIG}]}, r"stage.0.name"),
