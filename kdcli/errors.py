@@ -78,3 +78,8 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     if hits:
         return f"Did you mean {' or '.join(hits)}?"
     return f"Allowed: {', '.join(options)}." if len(options) <= 20 else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, at most 200 characters; the exception's type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kdcli.errors import RecipeError, did_you_mean
 from kdcli.system import user_code
@@ -17,6 +17,14 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 STAGE = "@stage:"
 """What the name of a stage's graduate begins with, wherever a network is named."""
 NAMED = ("student", "teacher", "peers")
+REMOVED = {
+    "classroom.bank_top": "--set data.views=8 limits a bank's size; --set classroom.bank=false runs without one.",
+    "data.readers": "Images are decoded by threads; data.workers says how many.",
+    "data.decode": "Images are decoded on the CPU.",
+}
+"""Keys of earlier versions, with what to use instead."""
+OLD_DEFAULTS = {"data.readers": "auto", "data.decode": "cpu"}
+"""Values of removed keys that the run folders of earlier versions hold; ignored, since they change nothing."""
 
 
 class Section(BaseModel):
@@ -26,35 +34,45 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which pictures, at what size, how augmented, in which order."""
+    """Which images, at what size, how augmented, in which order."""
 
-    name: str | None = None  # digits | cifar10 | cifar100 | imagenet[:DIR] | folder:DIR | pack:FILE | npz:FILE
+    name: str | None = None  # kdcli/data/sources.py lists them: digits | cifar100 | imagenet[:DIR] | folder:DIR | ...
     root: str | None = None  # where downloads and bare names are looked for; default KDCLI_DATA, then KDCLI_HOME/data
-    image_size: int | None = Field(default=None, ge=8, le=1024)  # pixels, square; default the data set's own
+    image_size: int | tuple[int, int] | None = None  # pixels of a square, or [height, width]; default the data set's
     augment: str = "auto"  # a preset's name; auto: the data set's own
     views: int | None = Field(default=None, ge=1)  # keep to this many views of an image, so that a bank can hold them
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the training set kept for choosing an epoch
     per_class: int | None = Field(default=None, ge=1)  # use only this many training images of every class
     seed: int = Field(default=0, ge=0)  # order and views
-    readers: Literal["auto", "threads", "processes"] = "auto"  # what decodes a folder's or a pack's images
-    workers: int | None = Field(default=None, ge=0)  # how many of them; 0: the main process; default from the machine
-    decode: Literal["cpu", "cuda"] = "cpu"  # where JPEGs are decoded; a GPU's pixels differ a little
+    workers: int | None = Field(default=None, ge=0)  # threads that decode; 0: the main one; default from the machine
     skip_corrupt: bool = False
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _one_or_two_sides(cls, value: Any) -> Any:
+        """A square as one number, also where it is given as [32, 32]: one size, one recipe hash."""
+        if value is None:
+            return None
+        sides = value if isinstance(value, list | tuple) else (value, value)
+        numbers = [type(side) in (int, float) and side == int(side) for side in sides]
+        if len(sides) != 2 or not all(numbers) or not all(8 <= side <= 1024 for side in sides):
+            raise ValueError("a number of pixels from 8 to 1024, or two of them as [height, width]")
+        height, width = map(int, sides)
+        return height if height == width else (height, width)
 
 
 class ClassroomConfig(Section):
-    """Who learns and who teaches, each by name."""
+    """The student and its mentors, each by name, and how the mentors run."""
 
     student: str | None = None
     teacher: str | None = None
     peers: list[str] = []
     class_map: Literal["off", "auto"] | dict[str, str | int] = "off"  # data class -> mentor's class
     precision: Precision = "auto"  # of the mentors
-    compile: bool | None = None  # torch.compile the mentors; left out: those who answer so much that it pays
-    ahead: int | None = Field(default=None, ge=1)  # batches they answer at once; left out: what a measurement says
-    bank: bool = False  # keep the mentors' answers on disk, rounded to float16, and read them from there
-    bank_top: int | None = Field(default=None, ge=1)  # of a banked answer keep this many classes; default all
-    bank_pooled: bool = False  # bank the mentors' penultimate vectors too
+    compile: bool | None = None  # torch.compile the mentors; default: those for which compile time pays back
+    ahead: int | None = Field(default=None, ge=1)  # batches in one look-ahead; default: the fastest by measurement
+    bank: bool = False  # cache the mentors' outputs on disk, rounded to float16
+    bank_pooled: bool = False  # cache their penultimate vectors too
 
 
 class MethodConfig(BaseModel):
@@ -91,7 +109,7 @@ class TrainConfig(Section):
     min_lr: float = Field(default=0.0, ge=0.0)
     decay_epochs: list[int] = []  # milestones of schedule = "multistep"; the period of "step" is the first
     decay_rate: float = Field(default=0.1, gt=0.0)
-    cycles: int = Field(default=1, ge=1)  # schedule = "cosine" falls from lr that often, each time anew (warm restarts)
+    cycles: int = Field(default=1, ge=1)  # schedule = "cosine" falls from lr this many times (warm restarts)
     precision: Precision = "auto"  # of the student; losses are float32
     seed: int = Field(default=0, ge=0)  # initial weights, method noise, dropout
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)  # decay of the weights' average, then the student
@@ -117,13 +135,23 @@ class TrainConfig(Section):
 
 
 class Expect(Section):
-    """A published figure to print beside the measured one."""
+    """Published figures to print next to the measured ones: one table a metric, method -> value."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, dict[str, float]]
 
     source: str = ""
     epoch: Literal["best", "last"] = "last"
     tolerance: float = 0.5  # percentage points
-    top1: dict[str, float] = {}  # method -> percent
-    top5: dict[str, float] = {}
+
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """metric -> method -> value."""
+        return self.__pydantic_extra__
+
+    def of(self, metric: str) -> dict[str, float]:
+        """The published figures of a metric, by method."""
+        return self.figures.get(metric, {})
 
 
 class StageConfig(Section):
@@ -145,7 +173,7 @@ class Recipe(Section):
 
     title: str = ""
     source: str = ""
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "multilabel"] = "classify"
     data: DataConfig = DataConfig()
     classroom: ClassroomConfig = ClassroomConfig()
     method: MethodConfig = MethodConfig()
@@ -160,7 +188,7 @@ class Recipe(Section):
         """sha256 of what decides the result: not titles, published figures, other methods' options, when to save or who
         decodes; of an own method what its file holds, wherever that lies."""
         idle: dict[str, Any] = {"title": True, "source": True, "expect": True, "baselines": True}
-        idle |= {"train": {"checkpoint_minutes"}, "data": {"readers", "workers"}}
+        idle |= {"train": {"checkpoint_minutes"}, "data": {"workers"}}
         plain = self.model_dump(mode="json", exclude=idle | ({} if self.stage else {"stage": True}))
         plain["method"] = _floats(plain["method"])  # nothing has made these one type yet, and tau = 4 is tau = 4.0
         if user_code.named(self.method.name):
@@ -195,7 +223,7 @@ class Recipe(Section):
         return {user_code.label(name): name for name in reversed(names) if user_code.named(name)}
 
     def to_keep(self) -> "Recipe":
-        """A copy that looks for own methods beside its own file, each called as its class is."""
+        """A copy for a run's folder, which holds the user's methods in files named after their classes."""
         tables = self.model_dump(exclude_none=True)
         rename = {name: f"{label}.py:{label}" for label, name in self.own_methods().items()}
         tables["method"]["name"] = rename.get(self.method.name, self.method.name)
@@ -216,7 +244,7 @@ class Recipe(Section):
             return self
         other = self.with_(method={"name": name, **self.baselines.get(name, {})})
         if other.expect and other.method.name != name:  # what was published of the method was of another form of it
-            for figures in (other.expect.top1, other.expect.top5):
+            for figures in other.expect.figures.values():
                 figures.pop(other.method.name, None)
                 if name in figures:
                     figures[other.method.name] = figures.pop(name)
@@ -257,6 +285,7 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="Check the file's permissions.") from None
     base = tables.pop("extends", None)
+    tables = _without_old_defaults(tables)
     _check_keys(tables, str(path))
     tables = located(tables, path.parent)
     if base is None:
@@ -268,13 +297,13 @@ def read(name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe's tables with the files of own methods found, from its `folder` or from here."""
-    method, beside, first = tables.get("method"), tables.get("baselines"), tables.get("stage")
+    method, others, first = tables.get("method"), tables.get("baselines"), tables.get("stage")
     if isinstance(first, list):
         tables = {**tables, "stage": [located(one, folder) if isinstance(one, dict) else one for one in first]}
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         tables = {**tables, "method": {**method, "name": user_code.resolve(method["name"], folder)}}
-    if isinstance(beside, dict):
-        tables = {**tables, "baselines": {user_code.resolve(name, folder): one for name, one in beside.items()}}
+    if isinstance(others, dict):
+        tables = {**tables, "baselines": {user_code.resolve(name, folder): one for name, one in others.items()}}
         for label, options in tables["baselines"].items():
             if isinstance(options, dict) and isinstance(options.get("name"), str):
                 tables["baselines"][label] = {**options, "name": user_code.resolve(options["name"], folder)}
@@ -290,7 +319,7 @@ def find(name: str, extended_by: Path | None = None) -> Path:
     if extended_by is not None:
         tries = [extended_by.parent / name, extended_by.parent / f"{name}.toml", *tries]
     tries += [shipped("recipes") / f"{name}.toml", shipped("recipes") / name]
-    hits = [path.resolve() for path in tries if path.is_file()]
+    hits = [path.resolve() for path in tries if path.suffix == ".toml" and path.is_file()]  # not recipes/RESULTS.md
     if hits:
         return next((path for path in hits if path != extended_by), hits[0])
     known = names()
@@ -341,33 +370,60 @@ def _method(table: Any, otherwise: str = MethodConfig.model_fields["name"].defau
 
 def from_dict(tables: dict[str, Any], where: str) -> Recipe:
     """A checked Recipe. Raises RecipeError that says `where: key`, what was wrong and the nearest allowed name."""
-    _check_keys(tables, where)
     try:
-        recipe = Recipe.model_validate(tables)
-        _check_stages(recipe, where)
-        return recipe
+        recipe = Recipe.model_validate(_without_old_defaults(tables))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "dict[")))
-            value = problem.get("input")  # for a check of a whole table it is the table, too long to be of use
-            given = "" if isinstance(value, dict) else f" (given {value!r})"
-            lines.append(f"{where}: {key}: {problem['msg']}{given}")
-        hint = "`kdcli recipes cat quickstart` shows every table."
-        raise RecipeError("\n".join(dict.fromkeys(lines)), hint=hint) from None
+        raise _explained(error, where) from None
+    _check_stages(recipe, where)
+    return recipe
+
+
+def _explained(error: ValidationError, where: str) -> RecipeError:
+    """pydantic's findings in one message; an unknown key alone, with the nearest known one."""
+    lines = []
+    for problem in error.errors():
+        loc = [part for part in problem["loc"] if not str(part).startswith(("literal[", "dict[", "function-"))]
+        key, section = ".".join(map(str, loc)), _section(loc[:-1])
+        unknown = section is not None and loc[-1] not in section.model_fields and problem["type"] != "missing"
+        if section and unknown and (section is not Expect or not isinstance(problem["input"], dict)):
+            if cure := REMOVED.get(key):
+                return RecipeError(f"{where}: {key} was removed", hint=cure)
+            known = section.model_fields
+            hint = did_you_mean(str(loc[-1]), known) or f"Allowed: {', '.join(known)}."
+            return RecipeError(f"{where}: {key}: no such key", hint=hint)
+        value = problem.get("input")  # for a check of a whole table it is the table, too long to be of use
+        given = "" if isinstance(value, dict) else f" (given {value!r})"
+        lines.append(f"{where}: {key}: {problem['msg']}{given}")
+    return RecipeError("\n".join(dict.fromkeys(lines)), hint="`kdcli recipes cat quickstart` shows every table.")
+
+
+def _section(loc: list[Any]) -> type[BaseModel] | None:
+    """The table that a key stands in; None for what has no keys of its own."""
+    if not loc:
+        return Recipe
+    if len(loc) == 1:
+        model = {"expect": Expect}.get(loc[0]) or getattr(Recipe.model_fields.get(loc[0]), "annotation", None)
+        return model if isinstance(model, type) and issubclass(model, Section) else None
+    return StageConfig if loc[0] == "stage" and len(loc) == 2 else None
 
 
 def _check_keys(tables: dict[str, Any], where: str) -> None:
-    """Refuse unknown keys with the nearest known one: pydantic would not name it."""
-    _unknown(tables, Recipe, where, "")
-    for name, field in Recipe.model_fields.items():
-        model = Expect if name == "expect" else field.annotation
-        value = tables.get(name)
-        if isinstance(model, type) and issubclass(model, Section) and isinstance(value, dict):
-            _unknown(value, model, where, f"{name}.")
-    for n, one in enumerate(tables.get("stage") or []):
-        if isinstance(one, dict):
-            _unknown(one, StageConfig, where, f"stage.{one.get('name', n)}.")
+    """Refuse unknown keys of one file, before what it extends is merged in and hides where they stand."""
+    try:
+        Recipe.model_validate(tables)
+    except ValidationError as error:
+        explained = _explained(error, where)
+        if explained.message.endswith(("no such key", "was removed")):
+            raise explained from None
+
+
+def _without_old_defaults(tables: dict[str, Any]) -> dict[str, Any]:
+    out = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
+    for dotted, value in OLD_DEFAULTS.items():
+        name, key = dotted.split(".")
+        if isinstance(table := out.get(name), dict) and table.get(key) == value:
+            del table[key]
+    return out
 
 
 def staged(config: ClassroomConfig, *, mentors: bool = True) -> list[str]:
@@ -390,15 +446,6 @@ def _check_stages(recipe: Recipe, where: str) -> None:
         known.append(name)
     if len(recipe.stage) > len({one.name for one in recipe.stage}):
         raise RecipeError(f"{where}: two stages have one name", hint="Each [[stage]] needs a name of its own.")
-
-
-def _unknown(table: dict[str, Any], model: type[BaseModel], where: str, prefix: str) -> None:
-    for key in table:
-        if key not in model.model_fields:
-            raise RecipeError(
-                f"{where}: {prefix}{key}: no such key",
-                hint=did_you_mean(key, model.model_fields) or f"Allowed: {', '.join(model.model_fields)}.",
-            )
 
 
 def _nest(dotted: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the command line's tests share: commands run in this process, mentors that need no training, small pictures."""
+"""What the command line's tests share: commands run in this process, mentors that need no training, small images."""
 
 import contextlib
 import io
@@ -73,27 +73,27 @@ def add_mentors(*specs: str, data: str = "digits", image_size: int = 16, fit: bo
 
     The head is the least-squares answer over the random network's own features: a real, if modest, classifier.
     """
-    pictures = open_data(DataConfig(name=data, image_size=image_size, augment="none" if data == "digits" else "auto"))
-    k = len(pictures.classes)
+    data_set = open_data(DataConfig(name=data, image_size=image_size, augment="none" if data == "digits" else "auto"))
+    k = len(data_set.classes)
     for spec in specs:
         torch.manual_seed(0)
         name = registry.resolve(spec)
         net = registry.create(name, k).module.eval()
         if fit:
-            _fit_head(net, pictures)
+            _fit_head(net, data_set)
         card = Card(
-            name=f"{name.arch} on {data}", architecture=name.full, dataset=data, data_hash=pictures.hash, num_classes=k,
-            classes=pictures.classes, image_size=image_size, mean=pictures.mean, std=pictures.std, origin="a test",
+            name=f"{name.arch} on {data}", architecture=name.full, dataset=data, data_hash=data_set.hash, num_classes=k,
+            classes=data_set.classes, image_size=image_size, mean=data_set.mean, std=data_set.std, origin="a test",
         )  # fmt: skip
         cards.add(net.state_dict(), card)
 
 
 @torch.no_grad()
-def _fit_head(net: Any, pictures: Any) -> None:
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (pictures.mean, pictures.std))
+def _fit_head(net: Any, data_set: Any) -> None:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data_set.mean, data_set.std))
     rows, target = [], []
-    for batch in pictures.train.plain(256, torch.device("cpu")):
-        rows.append(net.forward_head(net.forward_features((batch.pixels - mean) / std), pre_logits=True))
+    for batch in data_set.train.plain(256, torch.device("cpu")):
+        rows.append(net.forward_head(net.forward_features((batch.images - mean) / std), pre_logits=True))
         target.append(batch.target)
     x, y = torch.cat(rows), torch.nn.functional.one_hot(torch.cat(target)).float()
     x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
@@ -106,7 +106,7 @@ def _fit_head(net: Any, pictures: Any) -> None:
 def picture_folder(
     root: Path, classes: tuple[str, ...], *, train: int = 8, val: int = 4, size: int = 32, ending: str = "jpg"
 ) -> Path:
-    """train/ and val/ of small pictures of noise around a colour that tells the class."""
+    """train/ and val/ of small images: noise around a colour that depends on the class."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("val", val)):
         for n, name in enumerate(classes):

@@ -17,8 +17,8 @@ from kdcli.errors import RecipeError
 from kdcli.methods.base import Lesson, Method, Phase, Terms
 from kdcli.recipe import DataConfig, Recipe
 from kdcli.system import distributed, shards
-from kdcli.training.evaluate import answers
-from kdcli.workflows import distill
+from kdcli.training.evaluate import outputs
+from kdcli.workflows import groups
 
 TIMEOUT = 240.0
 NORM_FREE = "timm:test_nfnet@none"
@@ -70,11 +70,11 @@ def recipe(name: str) -> Recipe:
 def trained(name: str, folder: Path) -> dict[str, Any]:
     """What one training came to, as this rank has it."""
     config = recipe(name)
-    room = distill.open_room(config, kit.CPU)[1]
-    run = distributed.first(lambda: kit.Run(folder))
-    session = distill.open_session({config.method.name: config}, room, run, {config.method.name: run})
-    distill.start(session, "distill", room)
-    kit.drive(distill.go(session))
+    room = groups.open_classroom(config, kit.CPU)
+    run = distributed.on_rank0(lambda: kit.Run(folder))
+    session = groups.open_session({config.method.name: config}, room, run, {config.method.name: run})
+    groups.start(session, "distill", room)
+    kit.drive(groups.go(session))
     learner = session.learners[0]
     test = open_data(DataConfig(name="digits", image_size=8)).test
     state = learner.state()
@@ -82,8 +82,8 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
         "learners": state["learners"][next(iter(state["learners"]))],
         "method": state["method"],
         "rows": run.metrics(),
-        "answers": answers(learner.graduate(), test, kit.CPU, 50),
-        "own": len(shards.own_batches(test, 50)),
+        "answers": outputs(learner.graduate(), test, kit.CPU, 50),
+        "own": len(shards.turns(len(test), 50)[distributed.rank()]),
         "noise": [learner.generator.initial_seed(), torch.default_generator.initial_seed()],
     }
 
@@ -135,8 +135,8 @@ if __name__ == "__main__":
     distributed.join(torch.device("cpu"))
     found: dict[str, Any] = {name: trained(name, out / name.replace(" ", "-")) for name in RECIPES}
     try:
-        distributed.alike({"data": "the same", "teacher": f"of rank {distributed.rank()}"})
+        distributed.check_equal({"data": "the same", "teacher": f"of rank {distributed.rank()}"})
     except RecipeError as error:
         found["unlike"] = error.message
     torch.save(found, out / f"rank-{distributed.rank()}.pt")
-    distributed.part()
+    distributed.shutdown()

@@ -1,6 +1,7 @@
 """What the engine's tests share: a zoo of quick mentors for the digits, small recipes, and ways to drive a session."""
 
 import atexit
+import inspect
 import os
 import shutil
 import tempfile
@@ -20,9 +21,10 @@ from kdcli.models import cards, registry
 from kdcli.models.cards import Card
 from kdcli.recipe import DataConfig, Recipe
 from kdcli.training import loop
-from kdcli.training.loop import EpochEnd, Session, Step
 from kdcli.training.run import Run
-from kdcli.workflows import distill
+from kdcli.training.session import EpochEnd, Session, Step
+from kdcli.workflows import compare, groups
+from kdcli.workflows.compare import Comparison
 
 CPU = torch.device("cpu")
 STEPS = 4  # updates in an epoch of the recipe below: 30 images in batches of 8, the last of 6
@@ -55,7 +57,6 @@ def add_mentor(arch: str, seed: int) -> Card:
         image_size=8,
         mean=(0.3, 0.3, 0.3),
         std=(0.4, 0.4, 0.4),
-        top1=None,
         epoch=None,
     )
     return cards.add(random_weights(arch, seed), card)
@@ -93,20 +94,20 @@ def recipe(method: str = "nokd", **over: Any) -> Recipe:
     return recipes.from_dict(tables, "test").with_(**over)
 
 
-def seat(config: Recipe) -> Classroom:
-    return distill.open_room(config, CPU)[1]
+def classroom(config: Recipe) -> Classroom:
+    return groups.open_classroom(config, CPU)
 
 
 def session(
     config: Recipe, path: Path, *, resume: bool = False, keep: set[int] | None = None, room: Classroom | None = None
 ) -> Session:
     """One learner of the recipe's method, its folder laid out unless it is to be resumed."""
-    room = room or seat(config)
+    room = room or classroom(config)
     run = Run(path)
     name = config.method.name
-    opened = distill.open_session({name: config}, room, run, {name: run}, keep)
+    opened = groups.open_session({name: config}, room, run, {name: run}, keep)
     if not resume:
-        distill.start(opened, "distill", room)
+        groups.start(opened, "distill", room)
     return opened
 
 
@@ -122,8 +123,27 @@ def drive(events: Iterator[Any], each: Callable[[Any], object] = lambda event: N
 def trained(config: Recipe, path: Path, **options: Any) -> Run:
     """A finished run of the recipe."""
     opened = session(config, path, **options)
-    drive(distill.go(opened))
+    drive(groups.go(opened))
     return opened.run
+
+
+def follow(classroom: Classroom, events: Iterator[Any], label: str) -> None:
+    """What a workflow reports to, where nothing is to be shown."""
+    drive(events)
+
+
+def session_of(events: Iterator[Any]) -> Session:
+    """The session that a `follow` was given the training of."""
+    return inspect.getgeneratorlocals(events)["session"]  # pyright: ignore[reportArgumentType]
+
+
+def compared(
+    config: Recipe, path: Path, methods: list[str], seeds: list[int], each: Callable[[Any], object] = lambda event: None
+) -> Comparison:
+    """A finished compare; every event of its trainings is shown to `each`."""
+    return compare.compare(
+        config, methods, seeds, CPU, lambda classroom, events, label: drive(events, each) and None, out=str(path)
+    )
 
 
 def at(epoch: int, batch: int, do: Callable[[Step], object]) -> Callable[[Any], None]:

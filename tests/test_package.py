@@ -50,7 +50,6 @@ def test_what_is_needed_is_declared():
     reasons = {
         "onnxscript": "torch's exporter needs it",
         "matplotlib": "reports will draw with it",
-        "filelock": "the locks of folders will be its locks",
     }
     assert unused <= set(reasons)
 

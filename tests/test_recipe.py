@@ -45,7 +45,7 @@ def test_an_empty_recipe_is_all_defaults(write):
         ('[classroom]\nteachers = ["a"]', "classroom.teachers", "teacher"),
         ("[trian]\nepochs = 3", "trian", "train"),
         ('titel = "x"', "titel", "title"),
-        ("[expect]\ntop_1 = {}", "expect.top_1", "top1"),
+        ('[expect]\nepoc = "last"', "expect.epoc", "epoch"),
     ],
 )
 def test_an_unknown_key_is_named_with_file_and_nearest(write, text, key, near):
@@ -138,6 +138,12 @@ def test_an_unknown_recipe_names_the_nearest():
     assert "'quikstart'" in error.message
     assert "quickstart" in error.hint
     assert "recipes ls" in error.hint
+
+
+def test_the_results_among_the_recipes_are_not_a_recipe():
+    assert "RESULTS" not in recipe.names()
+    for name in ("RESULTS", "RESULTS.md"):
+        assert f"no recipe called '{name}'" in refused(name).message
 
 
 # --- extends
@@ -252,12 +258,12 @@ def test_a_label_runs_the_method_it_names_with_the_figure_published_for_that_for
     assert own.expect is not None
     assert hot.expect is not None
     assert bare.expect is not None
-    assert own.expect.top1 == {"aver": 61.0, "kd": 62.0, "kd-hot": 63.0}
-    assert hot.expect.top1 == {"aver": 60.0, "aver-sum": 61.0, "kd": 63.0}
-    assert (hot.expect.top5, bare.expect.top5) == ({"kd": 91.0}, {"kd-hot": 91.0})
-    assert "kd" not in bare.expect.top1  # 62.0 was measured of plain kd, not of this form
+    assert own.expect.of("top1") == {"aver": 61.0, "kd": 62.0, "kd-hot": 63.0}
+    assert hot.expect.of("top1") == {"aver": 60.0, "aver-sum": 61.0, "kd": 63.0}
+    assert (hot.expect.of("top5"), bare.expect.of("top5")) == ({"kd": 91.0}, {"kd-hot": 91.0})
+    assert "kd" not in bare.expect.of("top1")  # 62.0 was measured of plain kd, not of this form
     assert read.expect is not None
-    assert read.expect.top1["kd"] == 62.0  # the recipe itself is unchanged
+    assert read.expect.of("top1")["kd"] == 62.0  # the recipe itself is unchanged
 
 
 def test_a_label_of_an_own_method_finds_its_file_beside_the_recipe_and_beside_the_run(write):

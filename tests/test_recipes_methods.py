@@ -191,7 +191,7 @@ def expected(name: str) -> recipe.Expect:
 @pytest.mark.parametrize("name", EVERY)
 def test_figures_are_those_of_methods_or_of_labels_that_say_which(name):
     read = recipe.load(name)
-    for label in [*read.baselines, *(read.expect.top1 if read.expect else ())]:
+    for label in [*read.baselines, *(read.expect.of("top1") if read.expect else ())]:
         assert read.with_method(label).method.name in methods.METHODS, label
 
 
@@ -225,10 +225,10 @@ def test_every_pair_of_crds_benchmark_is_there():
 @pytest.mark.parametrize("pair", CRD_ROWS)
 def test_a_crd_pair_prints_the_published_figures(pair):
     expect = expected(f"crd/{pair}")
-    assert expect.top1 == CRD_ROWS[pair]
+    assert expect.of("top1") == CRD_ROWS[pair]
     assert expect.epoch == "last"
     assert "RepDistiller" in expect.source
-    assert ("ClassroomKD" in expect.source) is ("classroom" in expect.top1)
+    assert ("ClassroomKD" in expect.source) is ("classroom" in expect.of("top1"))
 
 
 @pytest.mark.parametrize("name", [n for n in EVERY if n.startswith(("crd/", "tekap/")) and "imagenet" not in n])
@@ -268,13 +268,13 @@ def test_dtkd_weighs_less_for_the_one_pair():
 @pytest.mark.parametrize("row", by_column(TABLE_2A))
 def test_a_classrooms_row_prints_the_methods_of_table_2a(row):
     own = ("nokd", "kd", "aver", "classroom")  # test_recipes_shipped
-    found = {name: figure for name, figure in expected(f"cifar100/{row}").top1.items() if name not in own}
+    found = {name: figure for name, figure in expected(f"cifar100/{row}").of("top1").items() if name not in own}
     assert found == by_column(TABLE_2A)[row]
 
 
 def test_the_swin_classroom_prints_table_1s_column():
     wanted = {"fitnets": 78.87, "crd": 77.63, "rkd": 74.11, "dist": 77.75, "ofa": 80.54}
-    assert expected("cifar100/swint-r18").top1 == wanted | {"nokd": 74.01, "kd": 78.74, "classroom": 80.32}
+    assert expected("cifar100/swint-r18").of("top1") == wanted | {"nokd": 74.01, "kd": 78.74, "classroom": 80.32}
 
 
 # --- DiSK
@@ -289,16 +289,16 @@ def test_every_pair_of_disks_tables_is_there():
 @pytest.mark.parametrize("row", DISK_ROWS)
 def test_a_disk_pair_prints_the_papers_figures(row):
     expect = expected(f"disk/{row}")
-    assert expect.top1 == DISK_ROWS[row]
+    assert expect.of("top1") == DISK_ROWS[row]
     assert expect.epoch == "last"
     assert "Table" in expect.source
     assert ("Tiny" in expect.source) is row.startswith("tiny")
-    assert ("Chen" in expect.source) is ("semckd" in expect.top1)
+    assert ("Chen" in expect.source) is ("semckd" in expect.of("top1"))
 
 
 def test_disks_imagenet_pairs():
-    assert expected("disk/imagenet-r50-r18").top1 == {"nokd": 69.73, "kd": 71.29, "disk": 72.35}
-    assert expected("disk/imagenet-vitl-vitt").top1 == {"nokd": 75.45, "disk": 77.86}
+    assert expected("disk/imagenet-r50-r18").of("top1") == {"nokd": 69.73, "kd": 71.29, "disk": 72.35}
+    assert expected("disk/imagenet-vitl-vitt").of("top1") == {"nokd": 75.45, "disk": 77.86}
 
 
 @pytest.mark.parametrize("name", [n for n in EVERY if n.startswith("disk/")])
@@ -310,7 +310,7 @@ def test_disks_training(name):
     assert read.data.augment == ("imagenet" if "imagenet" in name else "disk")
     if read.method.name == "disk":
         assert (read.method.options["K"], read.method.options["tau"], read.method.options["alpha"]) == (20, 4.0, 0.1)
-        alone = read.expect.top1["nokd"] if read.expect else None
+        alone = read.expect.of("top1")["nokd"] if read.expect else None
         assert read.method.options.get("budget") == (None if alone is None else pytest.approx(1 - alone / 100))
     size = 64 if "tiny" in name else 224 if "imagenet" in name else 32
     assert read.data.image_size == size
@@ -348,7 +348,7 @@ def test_a_tekap_pair_prints_the_slides_figures(pair):
     wanted = tekap_rows()[pair]
     if pair in AROUND:
         wanted |= dict(zip(["dkd", "dkd-tekap"], AROUND[pair]["dkd"], strict=True))
-    assert expected(f"tekap/{pair}").top1 == wanted
+    assert expected(f"tekap/{pair}").of("top1") == wanted
     assert expected(f"tekap/{pair}").epoch == "last"
 
 
@@ -363,7 +363,7 @@ def test_its_three_forms_are_three_learners(pair):
     }
     alone = read.with_method("tekap-l").expect
     assert alone is not None
-    assert alone.top1["tekap"] == tekap_rows()[pair]["tekap-l"]  # what `distill --method tekap-l` is held against
+    assert alone.of("top1")["tekap"] == tekap_rows()[pair]["tekap-l"]  # what `distill --method tekap-l` is held against
 
 
 @pytest.mark.parametrize("pair", AROUND)
@@ -375,7 +375,7 @@ def test_tekap_around_another_method_changes_nothing_else(pair, method):
     assert around.train == own.train
     if method == "mlkd":
         alone, together = AROUND[pair]["mlkd"]
-        assert expected(f"tekap/mlkd-{pair}").top1 == {
+        assert expected(f"tekap/mlkd-{pair}").of("top1") == {
             "nokd": tekap_rows()[pair]["nokd"], "mlkd": alone, "mlkd-tekap": together
         }  # fmt: skip
     else:
@@ -385,7 +385,7 @@ def test_tekap_around_another_method_changes_nothing_else(pair, method):
 def test_tekaps_imagenet_pair():
     teacher, student, kd, tekap = (100 - error for error in (26.69, 30.25, 29.59, 29.33))
     expect = expected("tekap/imagenet-r34-r18")
-    assert expect.top1 == pytest.approx({"nokd": student, "kd": kd, "tekap": tekap})
-    assert expect.top5 == pytest.approx({"nokd": 100 - 10.93, "kd": 100 - 10.30, "tekap": 100 - 10.08})
+    assert expect.of("top1") == pytest.approx({"nokd": student, "kd": kd, "tekap": tekap})
+    assert expect.of("top5") == pytest.approx({"nokd": 100 - 10.93, "kd": 100 - 10.30, "tekap": 100 - 10.08})
     assert teacher == pytest.approx(73.31)  # ResNet-34's, as imagenet/r34-r18 has it
     assert recipe.load("tekap/imagenet-r34-r18").classroom.teacher == recipe.load("imagenet/r34-r18").classroom.teacher

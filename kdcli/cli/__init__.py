@@ -1,4 +1,4 @@
-"""The command line: one short file per command, heavy imports inside them, so that --help is quick."""
+"""The command line: one short file a command, which imports torch and the like when it is called, not for --help."""
 
 import contextlib
 import os
@@ -14,14 +14,13 @@ from kdcli import __version__
 from kdcli.errors import KdcliError
 from kdcli.system import user_code
 
-# Newer typer brings its own copy of click, older ones the real one: what typer raises is found through typer itself.
+# Newer typer includes a copy of click, older ones import it: the base class of what typer raises is taken from typer.
 UsageError = typer.BadParameter.__bases__[0]
 
 COMMANDS = (
     "quickstart", "distill", "compare", "train", "evaluate", "export", "bench", "check",
     "models", "recipes", "runs", "zoo", "data", "bank", "doctor",
 )  # fmt: skip
-typed: list[str] = []  # this process's command line, for those who start it again in others
 
 
 class _InOrder(TyperGroup):
@@ -42,17 +41,17 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
         help="Compress image models by knowledge distillation and ship the result.",
-        epilog="Start with `kdcli quickstart`. Your own pictures, one folder a class, are `--data folder:DIR`.",
+        epilog="Start with `kdcli quickstart`. Your own images, one folder a class, are `--data folder:DIR`.",
     )
 
     @app.callback()
     def common(
         version: bool = typer.Option(
-            False, "--version", help="Print the version and leave.", is_eager=True, callback=_version
+            False, "--version", help="Print the version and exit.", is_eager=True, callback=_version
         ),
         debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     ) -> None:
-        """Both are read elsewhere: --version before anything else, --debug in `main`, wherever it stands."""
+        """Both are read elsewhere: --version before anything else, --debug in `main`, wherever it is typed."""
 
     for name in COMMANDS:
         module = importlib.import_module(f"kdcli.cli.{name}")
@@ -75,39 +74,41 @@ def _examples(lines: tuple[str, ...]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and leave with the exit code of DESIGN section 7; 1 is a fault of kdcli's own."""
+    """Run the command line and exit with the code of its error (see `errors`); 1 is a bug in kdcli."""
     argv = sys.argv[1:] if argv is None else argv
     debug, ranked = "--debug" in argv, False
-    typed[:] = argv
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
         from kdcli.cli import launch
         from kdcli.system import distributed
 
-        ranked = distributed.expected() > 1
+        ranked = distributed.expected_ranks() > 1
     try:
-        with _terminated():
+        with _sigterm_as_interrupt():
             if ranked:
                 launch.enter(argv)
-            code = _app()(args=[arg for arg in argv if arg != "--debug"], prog_name="kdcli", standalone_mode=False)
+            code = _app()(
+                args=[arg for arg in argv if arg != "--debug"], prog_name="kdcli", standalone_mode=False,
+                obj=(main, argv),  # for ranks, which run the same command line
+            )  # fmt: skip
             if ranked and code == 130:
                 raise KeyboardInterrupt
             if ranked and not code:
-                distributed.part()
+                distributed.shutdown()
     except (Exception, KeyboardInterrupt) as error:
         if ranked:
-            launch.leave(error, _complain, debug=debug)
+            launch.leave(error, _report, debug=debug)
         if debug and not isinstance(error, (UsageError, typer.Abort, KeyboardInterrupt)):
             raise
-        sys.exit(_complain(error))
-    if code == 130:  # typer answers Ctrl-C itself, without a word
-        _say("interrupted", "", 130)
+        sys.exit(_report(error))
+    if code == 130:  # typer handles Ctrl-C itself and prints nothing
+        _print_error("interrupted", "", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C: what is half written is put away, and the exit code says interrupted."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C: half-written files are removed, and the exit code is that of an interruption."""
 
     def leave(*_: object) -> None:
         raise KeyboardInterrupt
@@ -123,37 +124,37 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _complain(error: BaseException) -> int:
-    """Say what went wrong and the cure, in one paragraph, and return the exit code."""
+def _report(error: BaseException) -> int:
+    """Print what went wrong and the cure in one paragraph; returns the exit code."""
     if isinstance(error, KdcliError):
-        return _say(error.message, error.hint, error.exit_code)
+        return _print_error(error.message, error.hint, error.exit_code)
     if isinstance(error, (typer.Abort, KeyboardInterrupt)):
-        return _say("interrupted", "", 130)
+        return _print_error("interrupted", "", 130)
     if isinstance(error, UsageError):
         return _usage(error)
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return _say("out of memory", "A smaller --set train.batch_size, or fewer mentors.", 3)
+        return _print_error("out of memory", "Use a smaller --set train.batch_size, or fewer mentors.", 3)
     if user_code.blame(error):
-        return _say(
+        return _print_error(
             user_code.words(error),
             "--debug shows the traceback; `kdcli check --method FILE.py:CLASS` tries a method.",
             2,
         )
-    return _say(f"{type(error).__name__}: {text}", "kdcli did not foresee this; --debug shows where it arose.", 1)
+    return _print_error(f"{type(error).__name__}: {text}", "This is a bug in kdcli; --debug shows the traceback.", 1)
 
 
 def _usage(error: Any) -> int:
-    """A mistyped command or flag; a command without arguments that needs some shows its help."""
+    """Print what is wrong with a command or flag; a command that needs arguments and has none shows its help."""
     message, where = error.format_message(), error.ctx.command_path if error.ctx else "kdcli"
-    if type(error).__name__ == "NoArgsIsHelpError":  # making it has printed the help, where rich does that
+    if type(error).__name__ == "NoArgsIsHelpError":  # constructing it has printed the help where rich formats it
         if message.strip():
             typer.echo(message)
         return 2
-    return _say(message.strip(), f"`{where} --help` shows what there is.", 2)
+    return _print_error(message.strip(), f"`{where} --help` lists what is allowed.", 2)
 
 
-def _say(message: str, hint: str, code: int) -> int:
+def _print_error(message: str, hint: str, code: int) -> int:
     typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
     typer.echo(message, err=True)
     if hint:

@@ -1,4 +1,4 @@
-"""kdcli bank: mentors' stored answers."""
+"""kdcli bank: caches of the mentors' outputs."""
 
 from typing import Annotated
 
@@ -6,13 +6,13 @@ import typer
 
 from kdcli.cli import options as o
 
-app = typer.Typer(no_args_is_help=True, help="Mentors' stored answers: build, list, verify, remove.")
+app = typer.Typer(no_args_is_help=True, help="Caches of the mentors' outputs: build, list, verify, remove.")
 
 
 @app.command(
     "build",
     epilog="Examples:\n\nkdcli bank build --recipe cifar100/r110-r20\n\n"
-    "kdcli bank build --teacher resnet34 --data folder:pictures --set data.views=8 --epochs 30",
+    "kdcli bank build --teacher resnet34 --data folder:images --set data.views=8 --epochs 30",
 )
 def build(
     data: o.Data = None,
@@ -27,15 +27,16 @@ def build(
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:
-    """Fill the banks of a classroom ahead of its runs: every view, or with --epochs those that such a run meets.
+    """Fill a classroom's banks before its runs: with every view, or with --epochs those that such a run draws.
 
-    Stopped, it goes on where it was. A run with --bank fills them as well, with what it meets.
+    A bank is a cache of one mentor's outputs. A build that was stopped continues where it was. A run with --bank fills
+    banks as it goes.
     """
     from kdcli.cli import tables
     from kdcli.errors import RecipeError
     from kdcli.mentors import bank_build, bank_files
     from kdcli.system import device as devices
-    from kdcli.workflows import distill as room
+    from kdcli.workflows.groups import open_classroom
 
     config, notes = o.assemble(
         recipe, data=data, root=data_root, student=student, teacher=teacher, peers=peers, epochs=epochs,
@@ -43,9 +44,9 @@ def build(
     )  # fmt: skip
     if not config.classroom.teacher:
         raise RecipeError("no mentor is named", hint="Add --teacher NAME (and --peers A,B).")
-    if not config.classroom.student:  # nobody learns here
+    if not config.classroom.student:  # a classroom needs one, but nothing is trained
         config = config.with_(**{"classroom.student": config.classroom.teacher})
-    _, classroom = room.open_room(config, devices.pick(device))
+    classroom = open_classroom(config, devices.pick(device))
     mentors = bank_build.open_mentors(classroom, config)
     if not json:
         tables.notes([*notes, *classroom.notes])
@@ -65,7 +66,7 @@ def build(
 
 @app.command("ls", epilog="Examples:\n\nkdcli bank ls\n\nkdcli bank ls --json")
 def ls(json: o.Json = False) -> None:
-    """List the banks, by whom they were filled and how far."""
+    """List the banks: mentor, data, how much is filled, size."""
     from kdcli.cli import tables
     from kdcli.mentors import bank_files
 
@@ -74,7 +75,7 @@ def ls(json: o.Json = False) -> None:
         tables.as_json(found)
         return
     if not found:
-        tables.console.print(f"no banks in {bank_files.folder()} yet")
+        tables.console.print(f"no banks in {bank_files.folder()}")
         tables.next_line("kdcli bank build --recipe NAME")
         return
     _table(found)
@@ -86,7 +87,7 @@ def verify(
     bank: Annotated[str | None, typer.Argument(help="A bank's id or its beginning; default: all.")] = None,
     json: o.Json = False,
 ) -> None:
-    """Check every stored answer against its checksum."""
+    """Check every record against its checksum."""
     from kdcli.cli import tables
     from kdcli.errors import DataError
     from kdcli.mentors import bank_files
@@ -110,8 +111,8 @@ def verify(
     bad = [row["id"] for row in found if row["state"] != "ok"]
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(found)} banks are not whole: {', '.join(bad)}",
-            hint="Runs and `kdcli bank build` make damaged answers anew; `kdcli bank rm ID` removes a bank.",
+            f"{len(bad)} of {len(found)} banks are damaged: {', '.join(bad)}",
+            hint="Runs and `kdcli bank build` compute damaged records again; `kdcli bank rm ID` removes a bank.",
         )
     if not json:
         tables.next_line("kdcli distill --bank ...")
@@ -121,9 +122,9 @@ def verify(
 def rm(
     bank: Annotated[str | None, typer.Argument(help="A bank's id or its beginning.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove every bank.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Remove a bank; the next run that needs it makes it anew."""
+    """Remove a bank; the next run that needs it creates a new one."""
     from kdcli.cli import tables
     from kdcli.errors import RecipeError
     from kdcli.mentors import bank_files
@@ -134,8 +135,8 @@ def rm(
     for path in paths:
         about = bank_files.describe(path)
         if not yes:
-            whose = f" of {about['mentor']} on {about['data']}" if "mentor" in about else ""
-            typer.confirm(f"Remove {path}{whose} ({bank_files.amount(about['bytes'])})?", abort=True)
+            what = f" of {about['mentor']} on {about['data']}" if "mentor" in about else ""
+            typer.confirm(f"Remove {path}{what} ({bank_files.amount(about['bytes'])})?", abort=True)
         bank_files.remove(path)
         tables.line("removed", path)
     tables.next_line("kdcli bank ls")
@@ -156,7 +157,7 @@ def _table(found) -> None:
 
 
 def _follow(steps, label, *, quiet) -> None:
-    """Run (done, of all) steps to their end under a progress bar; no bar where there is no terminal."""
+    """Run steps that yield (done, total), with a progress bar if this is a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from kdcli.cli import tables

@@ -1,4 +1,4 @@
-"""kdcli bench: exported files, or the ways to read data, timed side by side."""
+"""kdcli bench: exported files, or data sets, timed side by side."""
 
 from typing import Annotated
 
@@ -6,13 +6,13 @@ import typer
 
 from kdcli.cli import options as o
 
-EXAMPLES = ("kdcli bench", "kdcli bench --data folder:pictures,pack:pictures.pack")
+EXAMPLES = ("kdcli bench", "kdcli bench --data folder:images,pack:images.pack")
 
 
 def bench(
     files: Annotated[
         list[str] | None,
-        typer.Argument(help="ONNX files or exported runs; default: the newest run's.", metavar="FILE..."),
+        typer.Argument(help="Exported files, or runs that were exported; default: the newest.", metavar="FILE..."),
     ] = None,
     data: o.Data = None,
     batch: Annotated[int | None, typer.Option(help="Images at a time (default 1; with --data 64).", min=1)] = None,
@@ -25,17 +25,17 @@ def bench(
     device: o.Device = None,
     json: o.Json = False,
 ) -> None:
-    """Latency and throughput of exported files in onnxruntime, called in turn within one process.
+    """Latency and throughput of exported files, called in turn within one process.
 
-    With --data (several, separated by commas): images per second of the training stream instead, decoded by threads and
-    by processes in turn.
+    With --data (several, separated by commas): images per second of each one's training stream instead.
     """
     from dataclasses import asdict
     from pathlib import Path
 
     from kdcli.cli import tables
     from kdcli.errors import RecipeError, WeightsError
-    from kdcli.export import bench as room
+    from kdcli.export import is_exported, student_file
+    from kdcli.export.bench import bench as time_files
     from kdcli.training import run as runs
 
     if data:
@@ -45,18 +45,18 @@ def bench(
 
     paths = []
     for name in files or [None]:
-        if name is not None and (Path(name).is_file() or Path(name).suffix == ".onnx"):
+        if name is not None and (Path(name).is_file() or is_exported(name)):
             path, cure = Path(name), "`kdcli export --onnx` writes the newest run's student."
         else:
             run = runs.find(name)
             tables.named(run, name)
-            path, cure = run.path / "student.onnx", f"kdcli export --onnx {name or ''}".strip()
+            path, cure = student_file(run.path), f"kdcli export --onnx {name or ''}".strip()
         if not path.is_file():
             raise WeightsError(f"{path}: no such file", hint=cure)
         paths.append(path)
     names = {str(path): path for path in paths}
     batch = batch or 1
-    timings = room.bench(names, batch=batch, threads=threads, runs=calls)
+    timings = time_files(names, batch=batch, threads=threads, runs=calls)
     if json:
         tables.as_json([asdict(timing) for timing in timings])
         return
@@ -78,15 +78,16 @@ def _feed(data, batch, seconds, sets, root, skip_corrupt, device, json):
     from dataclasses import asdict
 
     from kdcli.cli import tables
+    from kdcli.data.sources import SOURCES, packable
     from kdcli.data.throughput import rates
     from kdcli.recipe import Recipe, parse_set
     from kdcli.system import device as devices
 
     over = {**parse_set(sets or []), "data.root": root, "data.skip_corrupt": skip_corrupt}
-    names = re.split(rf",(?=(?:{'|'.join(o.KINDS)})\b)", data)
-    configs = [Recipe().with_(**{**over, "data.name": name}).data for name in names]
+    names = re.split(rf",(?=(?:{'|'.join(SOURCES)})\b)", data)  # a path may hold commas
+    recipes = [Recipe().with_(**{**over, "data.name": name}) for name in names]
     picked = devices.pick(device)
-    measured = rates(configs, batch=batch, device=picked, seconds=seconds)
+    measured = rates([r.data for r in recipes], task=recipes[0].task, batch=batch, device=picked, seconds=seconds)
     if json:
         tables.as_json([asdict(rate) for rate in measured])
         return
@@ -97,8 +98,7 @@ def _feed(data, batch, seconds, sets, root, skip_corrupt, device, json):
     title = f"training stream, batch {batch}, three windows of {seconds:g} s, to {devices.describe(picked)}"
     tables.table(["data", "read by", "workers", "images/s", "windows"], rows, title=title, left=2)
     best = max(measured, key=lambda rate: rate.images_per_second)
-    if len(names) == 1 and names[0].partition(":")[0] in ("folder", "imagenet"):
+    if len(names) == 1 and packable(names[0]):
         tables.next_line(f"kdcli data pack --data {names[0]}")
     else:
-        chosen = f" --set data.readers={best.readers}" if best.readers in ("threads", "processes") else ""
-        tables.next_line(f"kdcli train --model NAME --data {best.data}{chosen}")
+        tables.next_line(f"kdcli train --model NAME --data {best.data}")

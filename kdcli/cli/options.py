@@ -7,46 +7,92 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli import recipe as recipes
-from kdcli.errors import RecipeError, did_you_mean
+from kdcli.data import sources
+from kdcli.errors import RecipeError
 from kdcli.recipe import Recipe
 from kdcli.system import user_code
 
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "pack", "npz")
+CLASSROOM, DATA, TRAINING, MACHINE, OUTPUT = "Classroom", "Data", "Training", "Machine", "Output"
+"""The groups in which --help shows the flags."""
 
-Data = Annotated[
+Student = Annotated[
     str | None,
-    typer.Option(help="digits, cifar10, cifar100, imagenet[:DIR], folder:DIR, pack:FILE or npz:FILE.", metavar="NAME"),
+    typer.Option(help="The network that learns and ships.", metavar="NAME", rich_help_panel=CLASSROOM),
 ]
-Root = Annotated[str | None, typer.Option(help="Where data sets lie (default: KDCLI_DATA).", metavar="DIR")]
-Student = Annotated[str | None, typer.Option(help="The network that learns and ships.", metavar="NAME")]
-Teacher = Annotated[str | None, typer.Option(help="The largest mentor.", metavar="NAME[@WEIGHTS]")]
-Peers = Annotated[str | None, typer.Option(help="Further mentors, separated by commas.", metavar="A,B,C")]
+Teacher = Annotated[
+    str | None, typer.Option(help="The largest mentor.", metavar="NAME[@WEIGHTS]", rich_help_panel=CLASSROOM)
+]
+Peers = Annotated[
+    str | None,
+    typer.Option(help="Further mentors, separated by commas.", metavar="A,B,C", rich_help_panel=CLASSROOM),
+]
 Method = Annotated[
     str | None,
-    typer.Option(help="classroom (default), kd, dkd, ...; a class of your own is my_file.py:Mine.", metavar="NAME"),
+    typer.Option(
+        help="classroom (default), kd, dkd, ...; a class of your own is my_file.py:Mine.", metavar="NAME",
+        rich_help_panel=CLASSROOM,
+    ),
+]  # fmt: skip
+From = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A recipe file or a built-in name.", metavar="RECIPE", rich_help_panel=CLASSROOM),
 ]
-Epochs = Annotated[int | None, typer.Option(help="Length of the training.", min=1)]
-Seed = Annotated[int | None, typer.Option(help="Initial weights and noise (train.seed).", min=0)]
-Seeds = Annotated[str | None, typer.Option(help="`3` is seeds 0, 1, 2; `4,7` those two.", metavar="N|A,B")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, mps; default: the best here.", metavar="NAME")]
-Gpus = Annotated[
-    int | None,
-    typer.Option(help="Divide every batch among N GPUs; with --device cpu, among N processes.", min=1, metavar="N"),
+Data = Annotated[
+    str | None,
+    typer.Option(help=sources.HELP, metavar="NAME", rich_help_panel=DATA),
 ]
-Out = Annotated[
-    str | None, typer.Option(help="The run's folder (default runs/<time>-<student>-<method>).", metavar="DIR")
+Root = Annotated[
+    str | None,
+    typer.Option(help="The folder that holds data sets (default: KDCLI_DATA).", metavar="DIR", rich_help_panel=DATA),
+]
+SkipCorrupt = Annotated[
+    bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be read.", rich_help_panel=DATA)
+]
+Epochs = Annotated[int | None, typer.Option(help="Length of the training.", min=1, rich_help_panel=TRAINING)]
+Seed = Annotated[
+    int | None, typer.Option(help="Initial weights and noise (train.seed).", min=0, rich_help_panel=TRAINING)
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option(help="`3` is seeds 0, 1, 2; `4,7` is those two.", metavar="N|A,B", rich_help_panel=TRAINING),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Any recipe key, e.g. train.lr=0.01. Repeatable.", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Option(
+        "--set", help="Any recipe key, e.g. train.lr=0.01. Repeatable.", metavar="KEY=VALUE", rich_help_panel=TRAINING
+    ),
 ]
-From = Annotated[str | None, typer.Option("--recipe", help="A recipe file or a built-in name.", metavar="RECIPE")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
-Resume = Annotated[str | None, typer.Option(help="Continue this run where it stopped.", metavar="RUN")]
-Bank = Annotated[bool, typer.Option("--bank", help="Keep the mentors' answers on disk and read them from there.")]
-SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")]
+Resume = Annotated[
+    str | None,
+    typer.Option(help="Continue this run where it was stopped.", metavar="RUN", rich_help_panel=TRAINING),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:N, mps; default: the best here.", metavar="NAME", rich_help_panel=MACHINE),
+]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        help="Divide every batch among N GPUs; with --device cpu, among N processes.", min=1, metavar="N",
+        rich_help_panel=MACHINE,
+    ),
+]  # fmt: skip
+Bank = Annotated[
+    bool,
+    typer.Option("--bank", help="Keep the mentors' outputs on disk and read them from there.", rich_help_panel=MACHINE),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        help="The run's folder (default: runs/<time>-<student>-<method>).", metavar="DIR", rich_help_panel=OUTPUT
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON and nothing else.", rich_help_panel=OUTPUT)
+]
 RunName = Annotated[str | None, typer.Argument(help="A run's folder or name; default: the newest.", metavar="RUN")]
 
 
@@ -67,7 +113,7 @@ def assemble(
 ) -> tuple[Recipe, list[tuple[str, object, str]]]:
     """The recipe that flags add up to: defaults for the data, then the recipe, then flags, then --set.
 
-    Returns it with notes on what was chosen for the user.
+    Also returns notes on what was chosen for the user.
     """
     notes: list[tuple[str, object, str]] = []
     given = recipes.parse_set(sets or [])
@@ -100,19 +146,7 @@ def _defaults(data: str, root: str | None) -> str:
     """The built-in recipe with the training settings that suit a data set."""
     if not data:
         raise RecipeError("no data is named", hint="Add --data NAME or --recipe NAME; `kdcli data ls` lists data.")
-    kind, _, where = data.partition(":")
-    if kind not in KINDS:
-        raise RecipeError(
-            f"data.name: no data set called {data!r}",
-            hint=f"{did_you_mean(kind, KINDS)} Your own pictures are folder:DIR, one folder a class.".strip(),
-        )
-    if kind == "pack" and where:
-        from kdcli.data.pack import facts
-        from kdcli.data.sources import here_or
-        from kdcli.system.paths import data_root
-
-        kind = facts(here_or(data_root(root), where))["kind"]  # of what was packed
-    return f"defaults/{'cifar' if kind.startswith('cifar') else kind}"
+    return sources.recipe_for(data, root)
 
 
 def seeds(text: str) -> list[int]:
@@ -122,14 +156,14 @@ def seeds(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0 or (len(numbers) == 1 and "," not in text and numbers[0] == 0):
-        raise RecipeError(f"--seeds {text}: not a number of seeds or a list", hint="--seeds 3, or --seeds 4,7")
+        raise RecipeError(f"--seeds {text}: neither a number of seeds nor a list", hint="--seeds 3, or --seeds 4,7")
     if len(set(numbers)) < len(numbers):
-        raise RecipeError(f"--seeds {text}: a seed is named twice", hint="Each seed once.")
+        raise RecipeError(f"--seeds {text}: a seed is named twice", hint="Name each seed once.")
     return list(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
 
 
 def typed(command: str, sets: list[str] | None, skip_corrupt: bool, **given: object) -> str:
-    """A command with the flags that were given, to be typed again."""
+    """A command line with the flags that were given: the next command to type."""
     words = [
         f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None
     ]
@@ -137,27 +171,25 @@ def typed(command: str, sets: list[str] | None, skip_corrupt: bool, **given: obj
     return " ".join([command, *words])
 
 
-def place(device: str | None, gpus: int | None) -> "torch.device":
-    """The device to compute on. With `gpus` the command goes on in ranks instead, and this process leaves with them."""
-    from kdcli import cli
-    from kdcli.cli import tables
+def place(ctx: typer.Context, device: str | None, gpus: int | None) -> "torch.device":
+    """The device to compute on. With `gpus` ranks run the command line instead, and this process exits with them."""
+    from kdcli.cli import launch, tables
     from kdcli.system import device as devices, distributed
 
-    if gpus is not None and distributed.expected() == 1:
-        from kdcli.cli import launch
-
-        launch.launch(cli.typed, gpus, device, debug="--debug" in cli.typed)
+    if gpus is not None and distributed.expected_ranks() == 1:
+        entry, argv = ctx.obj  # `main`, and the command line it was called with
+        launch.launch(entry, argv, gpus, device, debug="--debug" in argv)
     picked = distributed.join(devices.pick(device), gpus)
-    if distributed.attempt():
-        tables.errors.print(f"[dim]a rank died: all were started again, {distributed.attempt()} times so far[/]")
+    if distributed.restarts():
+        tables.errors.print(f"[dim]a rank died: all were started again, {distributed.restarts()} times so far[/]")
     return picked
 
 
 def no_flags_with_resume(resume: str | None, **flags: object) -> None:
-    """A resumed run goes on as it began; a flag that would change it is refused."""
+    """Refuse flags that would change a resumed run, which keeps its recipe."""
     extra = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value not in (None, False, [])]
     if resume and extra:
         raise RecipeError(
             f"--resume continues a run with its own recipe; {', '.join(extra)} would change it",
-            hint="Leave the flag out, or start a new run.",
+            hint=f"Leave out {', '.join(extra)}, or start a new run.",
         )

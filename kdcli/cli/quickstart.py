@@ -1,13 +1,18 @@
-"""kdcli quickstart: the whole story on real pictures, in minutes, on a CPU."""
+"""kdcli quickstart: the whole tool on real images, in minutes, on a CPU."""
+
+from typing import TYPE_CHECKING
 
 from kdcli.cli import options as o
+
+if TYPE_CHECKING:
+    from kdcli.workflows.quickstart import Outcome
 
 EXAMPLES = ("kdcli quickstart", "kdcli quickstart --seeds 1 --json")
 
 
 def quickstart(
-    seeds: o.Seeds = "3",
     epochs: o.Epochs = None,
+    seeds: o.Seeds = "3",
     sets: o.Set = None,
     device: o.Device = "cpu",
     out: o.Out = None,
@@ -15,68 +20,70 @@ def quickstart(
 ) -> None:
     """Train a teacher and two peers on handwritten digits, distil a tiny student, compare, export, verify, time."""
     import time
-    from dataclasses import asdict
 
-    from kdcli.cli import tables
-    from kdcli.cli.compare import show_comparison
+    from kdcli.cli import compare, tables
     from kdcli.system import device as devices
-    from kdcli.workflows import quickstart as room
+    from kdcli.workflows import quickstart as workflow
 
     config, _ = o.assemble("quickstart", epochs=epochs, sets=sets)
     began = time.perf_counter()
-    say = (lambda *_: None) if json else tables.console.print
-    per_class = config.data.per_class
-    say(
-        f"Real handwritten digits (scikit-learn). Mentors learn from all training images, students from "
-        f"{per_class or 'all'} of each digit.",
-    )
-    story = room.tell(
-        config, o.seeds(seeds or "3"), devices.pick(device), out, lambda e, s: tables.follow(e, s, quiet=json)
-    )
+    if not json:
+        tables.console.print(
+            "Real handwritten digits (scikit-learn). Mentors learn from all training images, students from "
+            f"{config.data.per_class or 'all'} of each digit."
+        )
+    notes = []
+
+    def follow(classroom, events, label):
+        notes[:] = classroom.notes
+        tables.follow(events, label, quiet=json)
+
+    numbers = o.seeds(seeds or "3")
+    found = workflow.quickstart(config, numbers, devices.pick(device), follow, out=out)
     seconds = time.perf_counter() - began
     if json:
         tables.as_json({
-            "run": str(story.run.path), "seconds": round(seconds, 1), "comparison": asdict(story.comparison),
-            "shipped": [asdict(row) for row in story.shipped],
+            "run": str(found.run.path), "seconds": round(seconds, 1), "comparison": found.comparison.table(),
+            "shipped": [row.json() for row in found.shipped],
         })  # fmt: skip
         return
-    tables.notes(story.classroom.notes)
+    tables.notes(notes)
+    metric = found.comparison.metric
     tables.console.print()
-    show_comparison(story.comparison)
+    compare.show(found.comparison)
     tables.console.print()
     tables.table(
-        ["", *(f"{row.role}" for row in story.shipped)],
+        ["", *(f"{row.role}" for row in found.shipped)],
         [
-            ["network", *(row.name for row in story.shipped)],
-            ["top-1 % in torch", *(f"{row.top1_torch:.2f}" for row in story.shipped)],
-            ["top-1 % in onnxruntime", *(f"{row.top1_onnx:.2f}" for row in story.shipped)],
-            ["parameters", *(f"{row.params:,}" for row in story.shipped)],
-            ["multiply-adds", *(tables.count(row.macs) for row in story.shipped)],
-            ["file", *(tables.size(row.size) for row in story.shipped)],
-            ["latency p50 ms", *(f"{row.p50:.3f}" for row in story.shipped)],
-            ["latency p90 ms", *(f"{row.p90:.3f}" for row in story.shipped)],
+            ["network", *(row.name for row in found.shipped)],
+            [f"{metric.title} in torch", *(f"{row.in_torch:.2f}" for row in found.shipped)],
+            [f"{metric.title} in onnxruntime", *(f"{row.in_onnx:.2f}" for row in found.shipped)],
+            ["parameters", *(f"{row.params:,}" for row in found.shipped)],
+            ["multiply-adds", *(tables.count(row.macs) for row in found.shipped)],
+            ["file", *(tables.size(row.size) for row in found.shipped)],
+            ["latency p50 ms", *(f"{row.p50:.3f}" for row in found.shipped)],
+            ["latency p90 ms", *(f"{row.p90:.3f}" for row in found.shipped)],
         ],
-        title=f"Shipping report: seed {o.seeds(seeds or '3')[0]}, one image, one thread",
+        title=f"Shipping report: seed {numbers[0]}, one image, one thread",
     )
-    tables.console.print(f"\n{_gained(story)}")
-    tables.console.print(f"[dim]{seconds:.0f} s; everything is in {story.run.path}[/]")
-    learner = story.run.path / f"classroom-{o.seeds(seeds or '3')[0]}"
-    tables.console.print("\nThen, with your own pictures (one folder a class):")
+    tables.console.print(f"\n{_summary(found)}")
+    tables.console.print(f"[dim]{seconds:.0f} s; everything is in {found.run.path}[/]")
+    tables.console.print("\nThen, with your own images (one folder a class):")
     tables.console.print("  kdcli train --model resnet34@pretrained --data folder:DIR")
     tables.console.print("  kdcli distill --teacher resnet34 --student mobilenetv3_small --data folder:DIR")
-    tables.next_line(f"kdcli evaluate {learner}")
+    tables.next_line(f"kdcli evaluate {found.run.path / f'classroom-{numbers[0]}'}")
 
 
-def _gained(story) -> str:
-    """What distillation brought, in one honest sentence."""
-    line = story.comparison.line("classroom")
+def _summary(found: "Outcome") -> str:
+    """What distillation brought, with the verdict."""
+    line = found.comparison.line("classroom")
     words = {
         "better": "more than the seeds' noise explains",
-        "worse": "so here distillation hurt",
+        "worse": "so distillation hurt",
         "within noise": "which these seeds cannot tell from noise",
     }
     verdict = words.get(line.verdict, "but one seed proves nothing: try --seeds 3")
-    teacher, _, student = story.shipped
+    teacher, _, student = found.shipped
     return (
         f"ClassroomKD changed the student's accuracy by {line.gain:+.2f} points on average over {len(line.seeds)} "
         f"seed(s), {verdict}. The student is {teacher.params / student.params:.0f} times smaller than its teacher and "

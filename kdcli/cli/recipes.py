@@ -12,7 +12,7 @@ app = typer.Typer(no_args_is_help=True, help="The built-in recipes: list, show, 
 
 @app.command("ls", epilog="Examples:\n\nkdcli recipes ls\n\nkdcli recipes ls cifar100")
 def ls(
-    part: Annotated[str, typer.Argument(help="Only names that hold this.", metavar="PART")] = "",
+    part: Annotated[str, typer.Argument(help="Only names that contain this.", metavar="PART")] = "",
     json: o.Json = False,
 ) -> None:
     """List the built-in recipes."""
@@ -22,26 +22,30 @@ def ls(
 
     found = [(name, recipes.load(name)) for name in recipes.names() if part in name]
     if not found:
-        raise RecipeError(f"no built-in recipe's name holds {part!r}", hint="`kdcli recipes ls` lists all.")
+        raise RecipeError(f"no built-in recipe has {part!r} in its name", hint="`kdcli recipes ls` lists all.")
     if json:
         tables.as_json([{"name": name, "title": one.title, "source": one.source} for name, one in found])
         return
-    rows = [
-        [name, one.title, f"{one.expect.top1[one.method.name]:.2f}"
-         if one.expect and one.method.name in one.expect.top1 else ""]
-        for name, one in found
-    ]  # fmt: skip
+    rows = [[name, one.title, _published(one)] for name, one in found]
     tables.table(["recipe", "what", "published %"], rows, left=2)
     tables.next_line(f"kdcli recipes cat {found[0][0]}")
+
+
+def _published(recipe) -> str:
+    """The published figure of the recipe's method, in the primary metric."""
+    from kdcli.tasks import TASKS
+
+    figures = recipe.expect.of(TASKS[recipe.task].metrics[0].name) if recipe.expect else {}
+    return f"{figures[recipe.method.name]:.2f}" if recipe.method.name in figures else ""
 
 
 @app.command("cat", epilog="Examples:\n\nkdcli recipes cat quickstart\n\nkdcli recipes cat cifar100/r56-r20 --whole")
 def cat(
     name: Annotated[str, typer.Argument(help="A built-in name or a file.")],
-    whole: Annotated[bool, typer.Option("--whole", help="With all it extends and every default.")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="With everything it extends and every default.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Print a recipe as it is written, or whole."""
+    """Print a recipe as written or, with --whole, complete."""
     from kdcli import recipe as recipes
     from kdcli.cli import tables
 
@@ -56,9 +60,11 @@ def cat(
 @app.command("cp", epilog="Examples:\n\nkdcli recipes cp quickstart my.toml\n\nkdcli recipes cp cifar100/r110-r20")
 def cp(
     name: Annotated[str, typer.Argument(help="A built-in name or a file.")],
-    to: Annotated[Path | None, typer.Argument(help="The new file (default: the recipe's name here).")] = None,
+    to: Annotated[
+        Path | None, typer.Argument(help="The new file (default: the recipe's name, in this folder).")
+    ] = None,
 ) -> None:
-    """Copy a recipe, with all it extends, to edit it."""
+    """Copy a recipe, with everything it extends, to edit it."""
     from kdcli import recipe as recipes
     from kdcli.cli import tables
     from kdcli.errors import RecipeError
@@ -66,7 +72,7 @@ def cp(
 
     target = to or Path(Path(name).with_suffix(".toml").name)
     if target.exists():
-        raise RecipeError(f"{target} exists", hint="Name another file.")
+        raise RecipeError(f"{target} exists already", hint="Name another file.")
     files.write_text(target, recipes.load(name).toml())
     tables.line("wrote", target)
     tables.next_line(f"kdcli check --recipe {target}")

@@ -1,87 +1,49 @@
-"""What a data set is to the rest of the house: splits of named samples, and batches of them."""
+"""An opened data set: splits of named samples, and batches of them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from kdcli.data.batch import Batch, Device, moved
 from kdcli.data.views import PLAIN, Views
 from kdcli.errors import RecipeError
 from kdcli.system.cuda_graph import Captured
+from kdcli.system.sizes import Size
 
-if TYPE_CHECKING:
-    from kdcli.system.shards import Whole
-
-STD_FLOOR = 1e-2  # a channel that never changes must not be divided by nothing
-Device = torch.device | str
-
-
-@dataclass
-class Batch:
-    """Some samples.
-
-    pixels [B,3,S,S] float32 in [0,1] (float data: as stored), not normalised; target [B] int64, or [B,K] float after
-    mixup; index [B] int64 each sample's number in its full set; view [B] int64 the name of its augmented reading, -1
-    when plain; host index and view on the CPU, where they are at hand, to be read without waiting for a device;
-    strong [B,3,S,S] each sample's strong view, for methods that need two.
-    With several ranks: this rank's share of a `whole` batch.
-    """
-
-    pixels: Tensor
-    target: Tensor
-    index: Tensor
-    view: Tensor
-    host: tuple[Tensor, Tensor] | None = None
-    whole: "Whole | None" = None
-    strong: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    @property
-    def names(self) -> "Batch | Whole":
-        """Target and index of all its samples, those of other ranks too."""
-        return self.whole or self
-
-    def to(self, device: Device) -> "Batch":
-        here = {name: moved(getattr(self, name), device) for name in ("pixels", "target", "index", "view")}
-        return replace(self, **here, strong=None if self.strong is None else moved(self.strong, device))
-
-    def on_host(self) -> tuple[Tensor, Tensor]:
-        """Index and view on the CPU; waits for the device only where nobody kept them."""
-        return self.host or (self.index.cpu(), self.view.cpu())
+STD_FLOOR = 1e-2  # a constant channel must not be divided by zero
 
 
 class Store(Protocol):
-    """Where the pixels of a full set lie."""
+    """Where the pixels of a full set are stored."""
 
     views: Views
 
     def batches(self, index: Tensor, view: Tensor, size: int, device: Device) -> Iterator[Tensor]:
-        """The views asked for, `size` at a time, as float pixels [<=size,3,S,S] on `device`."""
+        """The named views, `size` at a time, as float pixels [<=size,3,H,W] on `device`."""
         ...
 
     def strong(self) -> "Store":
-        """The same images, to be asked for by the names of strong views (`Views.named_strong`)."""
+        """The same images, for names of strong views (`Views.named_strong`)."""
         ...
 
 
 class Pixels:
-    """A small set held as one tensor [N,3,S,S], uint8 (or float, which is handed out as stored), on a device."""
+    """A small set held as one tensor [N,3,H,W] on a device: uint8, or float, which is returned as stored."""
 
     def __init__(self, pixels: Tensor, views: Views) -> None:
         self.pixels, self.views = pixels, views
         self.draw: Callable[[Tensor, Tensor], Tensor] = self._draw
 
     def record(self) -> None:
-        """From now on draw by a CUDA graph, where the pixels lie on CUDA and views are drawn there."""
+        """From now on draw by a CUDA graph, where pixels are on CUDA and views are drawn there."""
         if self.pixels.device.type == "cuda" and not self.views.preset.on_host:
             recorded = Captured(self._draw)
-            self.draw = lambda rows, names: recorded(rows, names).clone()  # the next batch is drawn in the same place
+            self.draw = lambda rows, names: recorded(rows, names).clone()  # the next batch overwrites it
 
     def batches(self, index: Tensor, view: Tensor, size: int, device: Device) -> Iterator[Tensor]:
         here = self.pixels.device
@@ -93,7 +55,7 @@ class Pixels:
         """As in `Store`, drawn on the host. Raises RecipeError for images that are not 8-bit."""
         if self.pixels.dtype != torch.uint8:
             raise RecipeError(
-                "strong views are drawn by RandAugment, which needs 8-bit images; these are floating-point ones",
+                "strong views are drawn by RandAugment, which needs 8-bit images; these are floating-point",
                 hint="Choose a method that needs no second view (kd, dkd), or store the images as uint8.",
             )
         return Pixels(self.pixels.cpu(), self.views.strong())
@@ -102,34 +64,27 @@ class Pixels:
         return self.views.apply(self.pixels.index_select(0, rows), names)
 
 
-def moved(x: Tensor, device: Device) -> Tensor:
-    """On `device`, without waiting only towards CUDA: the other way the values might be read before they arrived."""
-    towards = torch.device(device).type == "cuda"
-    if towards and x.device.type == "cpu":
-        x = x.pin_memory()  # from memory that may be paged out, a copy waits for the steps before it
-    return x.to(device, non_blocking=towards)
-
-
 def as_float(pixels: Tensor) -> Tensor:
-    """uint8 as float32 in [0,1], float data as it is; multiplied, since a GPU would divide that way and a CPU not."""
+    """uint8 as float32 in [0,1], float data unchanged; multiplied, since CPU and GPU divide by 255 differently."""
     return pixels * (1 / 255) if pixels.dtype == torch.uint8 else pixels.float()
 
 
 class Split:
-    """One part of a data set: samples of a store, each with its class and its number in the full set.
+    """One part of a data set: samples of a store, each with its target and its number in the full set.
 
-    `full` is how many samples the full set has.
+    targets: [N, ...], what the task makes of the labels: class numbers [N] int64, or 0/1 [N, K] float32.
+    full: number of samples in the full set.
     """
 
     def __init__(
         self,
         store: Store,
-        targets: Int[Tensor, " N"],
+        targets: Shaped[Tensor, "N ..."],
         index: Int[Tensor, " N"] | None = None,
         full: int | None = None,
     ) -> None:
         self.store = store
-        self.targets = targets.to("cpu", torch.int64)
+        self.targets = targets.cpu()
         self.index = torch.arange(len(targets)) if index is None else index
         self.full = len(targets) if full is None else full
 
@@ -142,7 +97,7 @@ class Split:
 
     def plain(self, batch_size: int, device: Device = "cpu") -> Iterator[Batch]:
         """In order, unaugmented; the last batch may be short."""
-        if not len(self):  # a rank's share of a few images may be none; torch would split it into one empty batch
+        if not len(self):  # a rank's share of a few images may be empty; torch would split it into one empty batch
             return
         view = torch.full_like(self.index, PLAIN)
         host = zip(self.index.split(batch_size), view.split(batch_size), strict=True)
@@ -151,44 +106,44 @@ class Split:
         for x, (target, index, plain), here in zip(pixels, names, host, strict=True):
             yield Batch(x, target, index, plain, here)
 
-    def take(self, n: int) -> Float[Tensor, "n 3 S S"]:
+    def take(self, n: int) -> Float[Tensor, "n 3 H W"]:
         """`n` plain images (all, when there are fewer) spread evenly over the split, on the CPU, for export checks."""
         n = min(n, len(self))
         rows = torch.arange(n) * len(self) // max(n, 1)
-        return next(self.subset(rows).plain(n)).pixels
+        return next(self.subset(rows).plain(n)).images
 
 
 @dataclass
 class DataSet:
-    """A data set, opened: see the fields."""
+    """A data set, opened."""
 
     name: str  # the recipe's, e.g. "cifar100" or "npz:foo.npz"
     classes: list[str]
-    wnids: list[str] | None  # WordNet ids, where the folders are named so
-    hash: str  # sha256 of the whole source, before holdout and per_class: a mentor trained on it is found again by it
-    mean: tuple[float, float, float]  # for a student without values of its own
+    wnids: list[str] | None  # WordNet ids, where the class folders have such names
+    hash: str  # sha256 of the whole source, before holdout and per_class: trained mentors are found by it
+    mean: tuple[float, float, float]  # for a student whose architecture has none
     std: tuple[float, float, float]
-    image_size: int
+    image_size: Size
     augment: str  # the preset in force, never "auto"
     train: Split
     test: Split
     holdout: Split | None = None
     views: int | None = None  # distinct views of an image when they can be counted, or are limited
-    notes: list[tuple[str, object, str]] = field(default_factory=list)  # (recipe key, value, why): chosen for the user
+    notes: list[tuple[str, object, str]] = field(default_factory=list)  # settings chosen: (recipe key, value, why)
     skipped: list[str] = field(default_factory=list)  # corrupt files left out
-    pixels: str = ""  # as `hash`, but a packed copy has its own: what answers to the pixels themselves are stored under
+    pixels: str = ""  # as `hash`, but different for a packed copy: outputs of models are stored under it
 
     def __post_init__(self) -> None:
         self.pixels = self.pixels or self.hash
 
 
-def square(pixels: Tensor, size: int) -> Tensor:
-    """[N,C,H,W] as [N,3,size,size]: grey repeated, resized once by an antialiased bilinear filter; the type stays."""
-    n, c, h, w = pixels.shape
-    if (h, w) != (size, size):
-        small = torch.empty((n, c, size, size), dtype=pixels.dtype)
+def sized(pixels: Tensor, size: Size) -> Tensor:
+    """[N,C,h,w] as [N,3,H,W] of `size`: grey repeated, resized by an antialiased bilinear filter; the type stays."""
+    n, c = pixels.shape[:2]
+    if pixels.shape[2:] != size:
+        small = torch.empty((n, c, *size), dtype=pixels.dtype)
         for start in range(0, n, 4096):
-            part = F.interpolate(pixels[start : start + 4096].float(), (size, size), mode="bilinear", antialias=True)
+            part = F.interpolate(pixels[start : start + 4096].float(), size, mode="bilinear", antialias=True)
             part = part.round_().clamp_(0, 255) if pixels.dtype == torch.uint8 else part
             small[start : start + 4096] = part.to(pixels.dtype)
         pixels = small
@@ -202,8 +157,8 @@ def moments(split: Split, some: int | None = None) -> tuple[Triple, Triple]:
     """Mean and standard deviation (at least 0.01) of each channel over the plain images, or `some` spread evenly."""
     rows = torch.arange(len(split)) if some is None or some >= len(split) else torch.arange(some) * len(split) // some
     total, squares, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
-    for few in rows.split(64):  # one batch at a time: no processes are started for this
-        part = next(split.subset(few).plain(64)).pixels.double()
+    for few in rows.split(64):  # a few images at a time: all of them may not fit in memory
+        part = next(split.subset(few).plain(64)).images.double()
         total += part.sum((0, 2, 3))
         squares += part.square().sum((0, 2, 3))
         count += part.numel() // 3

@@ -1,4 +1,4 @@
-"""The stream of training batches: the same for whoever asks with the same seed, from any batch on."""
+"""The stream of training batches: a function of the seed, from any batch on."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,25 +9,27 @@ from jaxtyping import Float, Int
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from kdcli.data.dataset import Batch, DataSet, Device
+from kdcli.data.batch import Batch, Device
+from kdcli.data.dataset import DataSet
 from kdcli.data.views import Views, number
 from kdcli.errors import RecipeError
 from kdcli.system import shards
 
-ORDER, MIX = 1, 2  # what a hash of (seed, epoch) is for
+ORDER, MIX = 1, 2  # purposes of a hash of (seed, epoch)
 
 
 class Stream:
     """Shuffled, augmented batches of `data.train` on `device`.
 
     Order and views are functions of (seed, epoch) and (seed, epoch, sample index): no state, nothing to save. With
-    `mixup` (arXiv 1710.09412) or `cutmix` (arXiv 1905.04899), the Beta parameters (both: one of them by a coin a
+    `mixup` (arXiv 1710.09412) or `cutmix` (arXiv 1905.04899), the Beta parameters (both: one of them at random for each
     batch), targets are [B,K] with `label_smoothing` folded in, and an odd last batch is dropped, since images are mixed
-    in pairs; without, targets are int64 and smoothing is the loss's business. Raises RecipeError when a batch would be
-    larger than the training set. Each of several ranks draws its own rows of the same batches.
+    in pairs; without, targets are the split's and smoothing is left to the loss. Raises RecipeError when a batch would
+    be larger than the training set, and for mixing where targets are not class numbers. Each of several ranks draws its
+    own rows of the same batches.
 
-    `strong` adds to every sample the strong view that its view names (`Views.strong`); refused beside mixing, which
-    would mix two views of different images, and where they cannot be drawn.
+    `strong` adds every sample's strong view (`Views.strong`); refused with mixing, which would mix two views of
+    different images, and where strong views cannot be drawn.
     """
 
     def __init__(
@@ -51,7 +53,14 @@ class Stream:
             )
         self.data, self.batch_size, self.seed, self.device = data, batch_size, seed, device
         self.mixing = bool(mixup or cutmix)
-        self._mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=len(data.classes))
+        if self.mixing and data.train.targets.ndim > 1:
+            raise RecipeError(
+                f"mixup and cutmix mix class numbers; the targets of {data.name} have shape "
+                f"{tuple(data.train.targets.shape)}",
+                hint="--set train.mixup=0 --set train.cutmix=0",
+            )
+        classes = {"num_classes": len(data.classes), "label_smoothing": label_smoothing}
+        self._mixup = Mixup(mixup, cutmix, **classes) if self.mixing else None
         if strong and self.mixing:
             raise RecipeError(
                 "the method reads a second, strong view of every image, and mixup and cutmix mix only the first",
@@ -94,14 +103,15 @@ class Stream:
         for n, (x, (target, index, view), here) in enumerate(zip(pixels, names, host, strict=True), start):
             if self.mixing:
                 x, target = self._mix(x, target, number(self.seed, epoch, MIX, n))
-            yield shards.divide(Batch(x, target, index, view, here, strong=next(seconds)), self.mixing)
+            yield Batch(x, target, index, view, here, strong=next(seconds)).share(self.mixing)
 
-    def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 S S"]:
-        """The pixels an epoch yielded under these names, to the bit (before mixing, which has no name)."""
+    def again(self, index: Int[Tensor, " B"], view: Int[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
+        """The pixels that an epoch yielded under these names, to the bit (before mixing)."""
         return next(self.data.train.store.batches(index, view, max(len(index), 1), self.device))
 
     def _mix(self, pixels: Tensor, target: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        before = np.random.get_state()  # timm draws from numpy's global generator: lend it a seed, give it back
+        assert self._mixup is not None
+        before = np.random.get_state()  # timm draws from numpy's global generator: seeded here, restored after
         np.random.seed(seed % 2**32)
         try:
             return self._mixup(pixels, target)

@@ -1,4 +1,4 @@
-"""Tempered KL, and what ClassroomKD adds to it: marks, ranks and gaps (arXiv 2409.20237)."""
+"""Tempered KL, and the marks, ranks and gaps of ClassroomKD (Sarode et al. 2024, arXiv 2409.20237)."""
 
 import math
 from typing import Literal
@@ -9,26 +9,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 GAP_LIMIT = 100.0
-"""Largest gap of Eq. 8. At the temperatures beyond, tau^2 * KL has reached its limit (the squared difference of centred
-logits / 2K), and float32 would give its rounding errors or, tau^2 being infinite, no number."""
+"""Largest gap of Eq. 8. At the temperatures beyond it tau^2 * KL has reached its limit (the squared difference of the
+centred logits / 2K), and float32 would return rounding errors or, with an infinite tau^2, NaN."""
 
 
 def soft_loss(
     student: Float[Tensor, "*B K"], mentor: Float[Tensor, "*M B K"], *, tau: float | Float[Tensor, "..."]
 ) -> Float[Tensor, "*M B"]:
-    """tau^2 * KL(softmax(mentor / tau) || softmax(student / tau)) of every sample: class sum, no batch mean.
+    """tau^2 * KL(softmax(mentor / tau) || softmax(student / tau)) of every sample: sum over classes, no batch mean.
 
-    ClassroomKD Eq. 7; Hinton et al. 2015 (arXiv 1503.02531). `tau` is a number or broadcasts to [*M, B].
+    Hinton et al. 2015 (arXiv 1503.02531). `tau` is a number or broadcasts to [*M, B].
     """
     if not isinstance(tau, Tensor):
-        tau = torch.full((), tau, dtype=torch.float32, device=student.device)  # a copied number would make a GPU wait
+        tau = torch.full((), tau, dtype=torch.float32, device=student.device)  # no copy from the host
     log_p = F.log_softmax(mentor.float() / tau[..., None], dim=-1)
     log_q = F.log_softmax(student.float() / tau[..., None], dim=-1)
     return tau**2 * (log_p.exp() * (log_p - log_q)).sum(-1)  # Eq. 7
 
 
 def log_mark(out: Float[Tensor, "*M B K"], target: Int[Tensor, " B"]) -> Float[Tensor, "*M B"]:
-    """log p^m_y, of the true class: ClassroomKD Eq. 2-3, as a logarithm so that it cannot underflow."""
+    """log p^m_y, the log-probability of the true class; as a logarithm it cannot underflow."""
     log_p = F.log_softmax(out.float(), dim=-1)  # Eq. 2
     return log_p.gather(-1, target.expand(out.shape[:-1])[..., None])[..., 0]  # Eq. 3
 
@@ -38,8 +38,8 @@ def log_batch_mark(
 ) -> Float[Tensor, "*M"]:
     """log w^m, one mark per model for the whole batch.
 
-    ClassroomKD Eq. 4 averages the probabilities (`arithmetic`); Algorithm 1 and the authors' code take
-    exp(-mean cross-entropy), their geometric mean (`geometric`).
+    Eq. 4 averages the probabilities (`arithmetic`); Algorithm 1 and the authors' code take exp(-mean cross-entropy),
+    their geometric mean (`geometric`).
     """
     if mark_mean == "geometric":
         return log_p.mean(-1)  # Algorithm 1, lines 7-8
@@ -47,10 +47,10 @@ def log_batch_mark(
 
 
 def rank_by_share(log_w: Float[Tensor, "M+1 *B"], *, decimals: int | None = None) -> Float[Tensor, "M+1 *B"]:
-    """r^m = lambda * w^m / sum of w over the whole classroom, lambda = the number of mentors.
+    """r^m = lambda * w^m / sum of w over the whole classroom, with lambda = the number of mentors.
 
-    ClassroomKD Eq. 5. A share of marks is a softmax of log-marks, which cannot divide by zero. `decimals` rounds the
-    shares first, as the authors' code does (two).
+    The share of a mark is a softmax of log-marks, which cannot divide by zero. `decimals` rounds the shares first, as
+    the authors' code does (two).
     """
     share = log_w.softmax(0)
     if decimals is not None:
@@ -59,22 +59,21 @@ def rank_by_share(log_w: Float[Tensor, "M+1 *B"], *, decimals: int | None = None
 
 
 def rank_by_position(log_w: Float[Tensor, "M+1 *B"], *, lambda_: float = 0.1) -> Float[Tensor, "M+1 *B"]:
-    """r^m = lambda * place of m when all models are sorted by mark, the worst first and counted from 1.
+    """r^m = lambda * position of m when all models are sorted by mark, the worst at position 1 (method B).
 
-    ClassroomKD Eq. 13-14 (method B). Equal marks keep the order student, teacher, peers.
+    Equal marks keep the order student, teacher, peers.
     """
     order = log_w.argsort(dim=0, stable=True)  # Eq. 13
-    return lambda_ * (order.argsort(dim=0).float() + 1)  # Eq. 14: the inverse permutation is each model's place
+    return lambda_ * (order.argsort(dim=0).float() + 1)  # Eq. 14: the inverse permutation gives the positions
 
 
 def performance_gap(
     r_m: Float[Tensor, "M *B"], r_s: Float[Tensor, " *B"], *, gap: Literal["max", "mentor", "student"] = "max"
 ) -> Float[Tensor, "M *B"]:
-    """Delta r^m = |r^m - r^s| / epsilon, ClassroomKD Eq. 8.
+    """Delta r^m = |r^m - r^s| / epsilon.
 
-    The paper's epsilon cannot be read in our text; `max` is what the authors' code divides by, and for an active
-    mentor the same as `mentor`. Guarded against 0/0, and at GAP_LIMIT, which only `student` (while it knows nothing)
-    and `mentor` (for one that is not active) can reach.
+    The paper does not define epsilon; the authors' code divides by `max`, which for an active mentor equals `mentor`.
+    Guarded against 0/0, and limited to GAP_LIMIT, which only `student` (untrained) and `mentor` (inactive) can reach.
     """
     epsilon = {"max": torch.maximum(r_m, r_s), "mentor": r_m, "student": r_s.expand_as(r_m)}[gap]
     gaps = (r_m - r_s).abs() / epsilon.clamp_min(torch.finfo(torch.float32).tiny)  # Eq. 8

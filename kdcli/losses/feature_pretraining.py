@@ -1,4 +1,4 @@
-"""The losses of methods with a stage of their own: factor transfer and activation boundaries."""
+"""The losses of methods with an initial stage: factor transfer and activation boundaries."""
 
 from typing import Literal
 
@@ -18,8 +18,8 @@ def factor_loss(
 ) -> Float[Tensor, ""]:
     """mean |s - t|^p2 of the two networks' factors, each normalised per sample: FT, Kim et al. 2018 (arXiv 1802.04977).
 
-    `paper` normalises the factors themselves; `official`, the public re-implementation, the mean over channels of
-    their p1-th powers. The mean over elements stands for the paper's norm, so that one weight serves all sizes.
+    `paper` normalises the factors; `official`, the public re-implementation, the mean over channels of their p1-th
+    powers. The mean over elements replaces the paper's norm, so that one weight fits all sizes.
     """
 
     def normal(x: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ def factor_loss(
 def boundary_loss(
     student: Float[Tensor, "B C H W"], mentor: Float[Tensor, "B C H W"], *, margin: float = 1.0
 ) -> Float[Tensor, ""]:
-    """How far the student's pre-activations are from the mentor's side of zero by a margin, per sample.
+    """The squared distance of the student's pre-activations from the mentor's side of zero, kept by a margin m.
 
-    AB, Heo et al. 2019 (arXiv 1811.03233), Eq. 5: (s + m)^2 where s > -m and t <= 0, (s - m)^2 where s <= m and t > 0,
-    summed over a sample's elements.
+    AB, Heo et al. 2019 (arXiv 1811.03233): (s + m)^2 where s > -m and t <= 0, (s - m)^2 where s <= m and t > 0, summed
+    over the elements of a sample, batch mean.
     """
-    wrong = torch.where(mentor > 0, F.relu(margin - student), F.relu(margin + student))
+    wrong = torch.where(mentor > 0, F.relu(margin - student), F.relu(margin + student))  # Eq. 5
     return wrong.square().flatten(1).sum(1).mean()

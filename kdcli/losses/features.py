@@ -1,4 +1,4 @@
-"""What intermediate maps say: AT, SP, NST, VID. (FitNets' hint loss is F.mse_loss.)"""
+"""Losses on intermediate maps: AT, SP, NST, VID. (FitNets' hint loss is F.mse_loss.)"""
 
 import torch
 import torch.nn.functional as F
@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def attention(maps: Float[Tensor, "B C H W"], *, p: float = 2.0) -> Float[Tensor, "B HW"]:
-    """Where a map is active: the channel mean of |activation|^p, flattened and L2-normalised per sample (AT)."""
+    """AT's attention map: the channel mean of |activation|^p, flattened and L2-normalised per sample."""
     return F.normalize(maps.float().abs().pow(p).mean(1).flatten(1), dim=1)
 
 
 def attention_loss(
     student: Float[Tensor, "B C H W"], mentor: Float[Tensor, "B D H W"], *, p: float = 2.0
 ) -> Float[Tensor, ""]:
-    """Mean over batch and positions of the squared difference of attention (AT, arXiv 1612.03928)."""
+    """AT (arXiv 1612.03928): the mean over batch and positions of the squared difference of the attention maps."""
     return F.mse_loss(attention(student, p=p), attention(mentor, p=p))
 
 
 def similarity_loss(student: Float[Tensor, "B ..."], mentor: Float[Tensor, "B ..."]) -> Float[Tensor, ""]:
-    """Who is like whom in the batch (SP, arXiv 1907.09682).
+    """SP (arXiv 1907.09682): the similarities of the samples of a batch.
 
     The sum of squared differences of the two B x B Gram matrices, their rows L2-normalised, divided by B^2.
     """
@@ -28,12 +28,12 @@ def similarity_loss(student: Float[Tensor, "B ..."], mentor: Float[Tensor, "B ..
 
 
 def selectivity_loss(student: Float[Tensor, "B C H W"], mentor: Float[Tensor, "B D H W"]) -> Float[Tensor, ""]:
-    """Squared MMD between the channels of two maps, each flattened and L2-normalised, with the kernel k(x, y) =
-    (x . y)^2: mean k(t, t) + mean k(s, s) - 2 mean k(s, t) (NST, arXiv 1707.01219).
+    """NST (arXiv 1707.01219): the squared MMD between the channels of two maps, each flattened and L2-normalised, with
+    the kernel k(x, y) = (x . y)^2: mean k(t, t) + mean k(s, s) - 2 mean k(s, t).
 
-    That kernel is the inner product of the matrices x x^T, so the distance is that of their means over channels: a
-    map's second moments, positions x positions. These are compared where there are fewer positions than channels, the
-    kernels of all pairs of channels otherwise; both are the same number.
+    This kernel is the inner product of the matrices x x^T, so the distance is that of their means over channels, the
+    second moments of a map (positions x positions). These are compared if there are at most as many positions as
+    channels, else the kernels of all pairs of channels; the result is the same.
     """
     s, t = (F.normalize(x.float().flatten(2), dim=2) for x in (student, mentor))
     if s.shape[2] <= max(s.shape[1], t.shape[1]):
@@ -49,21 +49,21 @@ def selectivity_loss(student: Float[Tensor, "B C H W"], mentor: Float[Tensor, "B
 def variational_loss(
     mean: Float[Tensor, "B D H W"], mentor: Float[Tensor, "B D H W"], variance: Float[Tensor, " D"]
 ) -> Float[Tensor, ""]:
-    """Mean of ((mean - mentor)^2 / variance + log variance) / 2 (VID, arXiv 1904.05835).
+    """VID (arXiv 1904.05835): the mean of ((mean - mentor)^2 / variance + log variance) / 2.
 
-    The negative log-likelihood, less its constant, of the mentor's map under a Gaussian that the student's predicts;
-    it may fall below zero where a variance is below one.
+    The negative log-likelihood, without its constant, of the mentor's map under a Gaussian predicted from the
+    student's; it can be negative if a variance is below one.
     """
     variance = variance.float()[:, None, None]
     return 0.5 * ((mean.float() - mentor.float()).square() / variance + variance.log()).mean()
 
 
 def channel_variance(log_scale: Float[Tensor, " D"], *, eps: float = 1e-5) -> Float[Tensor, " D"]:
-    """VID's variance of every channel of the mentor: softplus of what is learned, plus eps."""
+    """VID's variance of every channel of the mentor: the softplus of the learned parameter, plus eps."""
     return F.softplus(log_scale) + eps
 
 
 def log_scale(init_variance: float, *, eps: float = 1e-5) -> Float[Tensor, ""]:
-    """What `channel_variance` turns into `init_variance`: log(exp(init_variance - eps) - 1)."""
+    """The inverse of `channel_variance`: log(exp(init_variance - eps) - 1)."""
     excess = torch.tensor(init_variance - eps, dtype=torch.float64)
-    return (excess + torch.log(-torch.expm1(-excess))).float()  # the same number, which does not overflow
+    return (excess + torch.log(-torch.expm1(-excess))).float()  # the same value without overflow

@@ -1,4 +1,6 @@
-"""What the teacher's logits teach beside plain tempered KL: DKD, NKD, DIST, WSLD."""
+"""Losses on the logits of one teacher: DKD, NKD, DIST, WSLD, CTKD, DTKD, MLKD."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +8,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 NORM_FLOOR = 1e-5
-"""Shortest centred vector whose direction counts in a correlation: below, a softmax's deviations from their mean are
-float32's rounding (a uniform row has none at all), and their gradient would be their reciprocal."""
+"""Least norm of a centred vector in a correlation: below it a softmax's deviations from its mean are float32 rounding
+(a uniform row has none), and the gradient would be their reciprocal."""
+SHARPNESS_FLOOR = 0.1
+"""Least maximum logit from which DTKD computes a temperature. DTKD assumes positive maxima, as in a trained network; an
+untrained student, or logits shifted below zero, would give temperatures of zero or less."""
 
 
 def dkd_loss(
@@ -19,8 +24,8 @@ def dkd_loss(
 ) -> tuple[Float[Tensor, "*M B"], Float[Tensor, "*M B"]]:
     """(TCKD, NCKD) of every sample: tau^2 KL of the target class against all others, and among these others.
 
-    Zhao et al. 2022, Decoupled Knowledge Distillation (arXiv 2203.08679), Eq. 7. The mass of the others is a
-    log-sum-exp: 1 - p_target would round to nothing.
+    Zhao et al. 2022, Decoupled Knowledge Distillation (arXiv 2203.08679), the two parts of Eq. 7. The mass of the
+    others is a log-sum-exp: 1 - p_target would round to zero.
     """
     y = _is_target(target, student.shape[-1])
     p, q = (F.log_softmax(x.float() / tau, -1) for x in (mentor, student))
@@ -54,9 +59,8 @@ def dist_loss(
 ) -> tuple[Float[Tensor, "*M"], Float[Tensor, "*M"]]:
     """(inter, intra): tau^2 (1 - Pearson correlation) of rows, a sample's classes, and of columns, a class's samples.
 
-    Huang et al. 2022, Knowledge Distillation from A Stronger Teacher (arXiv 2205.10536). Guarded: a vector shorter than
-    NORM_FLOOR after centring counts as that long, so that a uniform answer, which correlates with nothing, gives back a
-    finite gradient.
+    Huang et al. 2022, Knowledge Distillation from A Stronger Teacher (arXiv 2205.10536). Guarded: the norm of a centred
+    vector is at least NORM_FLOOR, so that uniform probabilities, which correlate with nothing, have a finite gradient.
     """
     p, q = (F.softmax(x.float() / tau, -1) for x in (mentor, student))
     inter = 1 - _correlation(q, p, eps).mean(-1)
@@ -72,10 +76,10 @@ def wsld_loss(
     tau: float,
     eps: float = 1e-7,
 ) -> Float[Tensor, "*M B"]:
-    """tau^2 w H(mentor, student) of every sample; w = 1 - exp(-CE_student / CE_mentor) is a number to the gradient.
+    """tau^2 w H(mentor, student) of every sample; w = 1 - exp(-CE_student / CE_mentor) is a constant to the gradient.
 
-    Zhou et al. 2021, Rethinking Soft Labels for Knowledge Distillation (arXiv 2102.00650). H is a cross-entropy, as the
-    authors' code has it; a student that knows a sample better than its mentor is hardly taught it.
+    Zhou et al. 2021, Rethinking Soft Labels for Knowledge Distillation (arXiv 2102.00650). H is a cross-entropy, as in
+    the authors' code; samples that the student answers better than the mentor have little weight.
     """
     with torch.no_grad():
         ours = F.cross_entropy(student.float(), target, reduction="none")
@@ -85,6 +89,64 @@ def wsld_loss(
         w = 1 - torch.exp(-ours / (theirs + eps))
     p, log_q = F.softmax(mentor.float() / tau, -1), F.log_softmax(student.float() / tau, -1)
     return tau**2 * w * -(p * log_q).sum(-1)
+
+
+def reversal(epoch: float, *, decay_max: float = 0.0, decay_min: float = -1.0, decay_loops: int = 10) -> float:
+    """lambda(epoch), the factor of the temperature's gradient: a half cosine from decay_max to decay_min.
+
+    Li et al. 2023, Curriculum Temperature for Knowledge Distillation (arXiv 2211.16231).
+    """
+    share = min(epoch / decay_loops, 1.0) if decay_loops else 1.0
+    return decay_min + 0.5 * (decay_max - decay_min) * (1 + math.cos(math.pi * share))
+
+
+def reversed_gradient(x: Float[Tensor, "..."], factor: float) -> Float[Tensor, "..."]:
+    """`x`, to the bit, with its gradient multiplied by `factor`; a negative one turns x's descent into ascent."""
+    return x.detach() + factor * (x - x.detach())
+
+
+def dynamic_temperatures(
+    student: Float[Tensor, "B K"], mentor: Float[Tensor, "*M B K"], *, tau: float
+) -> tuple[Float[Tensor, "*M B"], Float[Tensor, "*M B"]]:
+    """(T_s, T_m) of every sample: 2 tau, divided between the two in proportion to their largest logits.
+
+    Wei and Bai 2024, Dynamic Temperature Knowledge Distillation (arXiv 2404.12711). The gradient flows through the
+    student's maximum. Guarded: maxima are at least SHARPNESS_FLOOR.
+    """
+    a, b = (x.float().amax(-1).clamp_min(SHARPNESS_FLOOR) for x in (student, mentor))
+    return 2 * a / (a + b) * tau, 2 * b / (a + b) * tau
+
+
+def dtkd_loss(
+    student: Float[Tensor, "B K"],
+    mentor: Float[Tensor, "*M B K"],
+    *,
+    tau_s: Float[Tensor, "*M B"],
+    tau_m: Float[Tensor, "*M B"],
+) -> Float[Tensor, "*M B"]:
+    """T_s T_m KL(softmax(mentor / T_m) || softmax(student / T_s)) of every sample: each at its own temperature."""
+    log_p = F.log_softmax(mentor.float() / tau_m[..., None], -1)
+    log_q = F.log_softmax(student.float() / tau_s[..., None], -1)
+    return tau_s * tau_m * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def class_level_loss(
+    student: Float[Tensor, "B K"], mentor: Float[Tensor, "*M B K"], *, tau: float
+) -> Float[Tensor, "*M"]:
+    """||P_m^T P_m - P_s^T P_s||^2 / K, the similarities of the classes over the batch; without tau^2.
+
+    Jin et al. 2023, Multi-level Logit Distillation (CVPR 2023), as is `batch_level_loss`.
+    """
+    p, q = (F.softmax(x.float() / tau, -1) for x in (mentor, student))
+    return (p.mT @ p - q.mT @ q).square().sum((-2, -1)) / student.shape[-1]
+
+
+def batch_level_loss(
+    student: Float[Tensor, "B K"], mentor: Float[Tensor, "*M B K"], *, tau: float
+) -> Float[Tensor, "*M"]:
+    """||P_m P_m^T - P_s P_s^T||^2 / B, the similarities of the samples; without tau^2."""
+    p, q = (F.softmax(x.float() / tau, -1) for x in (mentor, student))
+    return (p @ p.mT - q @ q.mT).square().sum((-2, -1)) / student.shape[-2]
 
 
 def _is_target(target: Int[Tensor, " B"], classes: int) -> Bool[Tensor, "B K"]:
@@ -98,7 +160,7 @@ def _binary(log_p: Float[Tensor, "*M B K"], y: Bool[Tensor, "B K"]) -> Float[Ten
 
 
 def _others(z: Float[Tensor, "*M B K"], y: Bool[Tensor, "B K"]) -> Float[Tensor, "*M B K"]:
-    """log-softmax over all classes but the target, whose place holds 0."""
+    """log-softmax over all classes but the target, whose entry is 0."""
     return F.log_softmax(z.masked_fill(y, -torch.inf), -1).masked_fill(y, 0)
 
 

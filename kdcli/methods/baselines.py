@@ -1,4 +1,4 @@
-"""The control and the two plain ways to learn from mentors: alone, from the teacher, from all alike."""
+"""The control and the two baselines: no mentor, the teacher alone, all mentors with equal weights."""
 
 from typing import Literal
 
@@ -6,50 +6,47 @@ from kdcli.methods.base import Lesson, Method, Phase, Temperature, Terms
 
 
 class NoKD(Method):
-    """No teacher at all: cross-entropy with the labels. The control of every comparison."""
+    """The loss with the labels alone, without mentors: the control of every comparison."""
 
     teachers = 0
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        return {"hard": lesson.task.hard(lesson.student.out, lesson.target).mean()}
+        return {"hard": lesson.hard()}
 
 
 class KD(Method):
-    """Hinton's distillation from the teacher alone; peers are not heard.
+    """Distillation from the teacher alone, Hinton et al. 2015 (arXiv 1503.02531); peers are ignored.
 
-    Hinton et al. 2015 (arXiv 1503.02531). Weights and temperature are the CIFAR recipe's (papers.md section 5):
-    0.1 cross-entropy, 0.9 distillation, temperature 4.
+    The defaults are the weights and the temperature of the CIFAR recipe.
     """
 
-    def __init__(self, tau: Temperature = 4.0, alpha: float = 0.1, beta: float = 0.9) -> None:
-        super().__init__()
-        self.tau, self.alpha, self.beta = tau, alpha, beta
+    tau: Temperature = 4.0
+    """Temperature of the teacher and the student."""
+    alpha: float = 0.1
+    """Weight of the loss with the labels."""
+    beta: float = 0.9
+    """Weight of the distillation loss."""
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        student, teacher = lesson.student.out, lesson.mentors_out[0]
-        return {
-            "hard": self.alpha * lesson.task.hard(student, lesson.target).mean(),
-            "teacher": self.beta * lesson.task.soft(student, teacher, self.tau).mean(),
-        }
+        soft = lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau)  # [B]
+        return {"hard": self.alpha * lesson.hard(), "teacher": self.beta * soft.mean()}
 
 
 class Aver(Method):
-    """All mentors weighted alike at one temperature: the baseline of ClassroomKD, Eq. 12.
+    """All mentors with equal weights at one temperature: the baseline of ClassroomKD (arXiv 2409.20237), Eq. 12.
 
-    The published figures came from code whose temperature was 1 whatever its `tau` (papers.md section 2.1): set
-    `tau = 1` to mimic them. `form = "mean"` is the AVER of CA-MKD and AE-KD (with tau 4).
+    The published figures came from code whose temperature was always 1: `tau = 1` reproduces them. `form = "mean"` is
+    the AVER of CA-MKD and AE-KD (with tau 4).
     """
 
-    def __init__(self, tau: Temperature = 4.0, form: Literal["sum", "mean"] = "sum") -> None:
-        super().__init__()
-        self.tau, self.form = tau, form
+    tau: Temperature = 4.0
+    """Temperature of the mentors and the student."""
+    form: Literal["sum", "mean"] = "sum"
+    """Whether the mentors' losses are summed (Eq. 12) or averaged."""
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        each = lesson.task.soft(lesson.student.out, lesson.mentors_out, self.tau).mean(-1)  # [M]
+        each = lesson.soft(self.tau).mean(-1)  # [M]
         return {
-            "hard": lesson.task.hard(lesson.student.out, lesson.target).mean(),
+            "hard": lesson.hard(),
             "mentors": each.sum() if self.form == "sum" else each.mean(),  # Eq. 12
         }

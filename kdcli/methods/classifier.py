@@ -1,112 +1,117 @@
-"""Methods that lean on a classifier: the teacher's own (SRRL, SimKD), or one at every stage of the student (OFA)."""
+"""Methods built on a classifier: the teacher's (SRRL, SimKD), or one at every stage of the student (OFA)."""
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.classifier import ofa_loss
-from kdcli.mentors.classroom import Member
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
-from kdcli.methods.pairing import fit, last, stages
+from kdcli.methods.base import Lesson, Method, Need, Phase, Positive, SetupContext, Temperature, Terms, Weight
+from kdcli.methods.pairing import last, stages
 from kdcli.models.graduates import Graduate, Spec
+from kdcli.models.layers import fit
+from kdcli.models.member import Member
 
-NEAR = 0.05  # of the largest number: how far a pooled map may be from the classifier's input, for precision's sake
+NEAR = 0.05  # largest difference of a pooled map from the classifier's input, relative to the largest value: rounding
 TOKEN_GRID, TOKEN_HEADS = 7, 4
 
 
 class SRRL(Method):
-    """The student's vectors, brought to the teacher's width, must be answered by the teacher's classifier as its own.
+    """Yang et al. 2021, "Knowledge distillation via softmax regression representation learning".
 
-    Yang et al. 2021, "Knowledge distillation via softmax regression representation learning": a linear connector with
-    batch norm and ReLU (no bias), mean squared error of vectors and of logits, beside CE and KD (papers.md 4 and 5).
+    The student's vectors, brought to the teacher's width by a linear connector with batch norm and ReLU (no bias),
+    have to equal the teacher's vectors and to give the teacher's logits in the teacher's classifier (mean squared
+    errors), in addition to the labels and KD.
     """
 
-    needs = frozenset({"pooled", "pairs"})
+    needs = frozenset({Need.POOLED, Need.PAIRS})
 
-    def __init__(
-        self, ce_weight: Weight = 1.0, kd_weight: Weight = 1.0, outer_weight: Weight = 1.0, tau: Temperature = 4.0
-    ) -> None:
-        super().__init__()
-        self.ce_weight, self.kd_weight, self.outer_weight, self.tau = ce_weight, kd_weight, outer_weight, tau
+    ce_weight: Weight = 1.0
+    """Weight of the loss with the labels."""
+    kd_weight: Weight = 1.0
+    """Weight of the distillation of logits."""
+    outer_weight: Weight = 1.0
+    """Weight of both mean squared errors."""
+    tau: Temperature = 4.0
+    """Temperature of the distillation of logits."""
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
-        assert room.teacher is not None
-        room.teacher.check_head()
+        assert context.teacher is not None
+        context.teacher.check_head()
         cin, cout = lesson.student.vectors.shape[1], lesson.teacher.vectors.shape[1]
         self.connector = nn.Sequential(nn.Linear(cin, cout, bias=False), nn.BatchNorm1d(cout), nn.ReLU())
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        out, teacher = lesson.student.out.float(), lesson.teacher
-        assert self.room.teacher is not None
+        teacher = lesson.teacher
+        assert self.context.teacher is not None
         vectors = self.connector(lesson.student.vectors)
-        answered = self.room.teacher.classify(vectors)  # by the teacher, from the student's vectors
+        answers = self.context.teacher.classify(vectors)  # [B, K]
         return {
-            "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
-            "teacher": self.kd_weight * lesson.task.soft(out, teacher.out, self.tau).mean(),
+            "hard": self.ce_weight * lesson.hard(),
+            "teacher": self.kd_weight * lesson.task.soft(lesson.student.out, teacher.out, self.tau).mean(),
             "vectors": self.outer_weight * F.mse_loss(vectors, teacher.vectors),
-            "answers": self.outer_weight * F.mse_loss(answered, teacher.out.float()),
+            "answers": self.outer_weight * F.mse_loss(answers, teacher.out.float()),
         }
 
 
 class SimKD(Method):
-    """The student takes over the teacher's classifier and learns the map that goes into it, nothing else.
+    """Chen et al. 2022 (arXiv 2203.14001): the student takes over the teacher's classifier and learns only its input.
 
-    Chen et al. 2022 (arXiv 2203.14001): a projector behind the student's last map, mean squared error with the
-    teacher's. From `setup` on the student is its graduate (models/graduates.py): its own layers up to the last map, the
-    projector, pooling, the teacher's frozen classifier. So its logits here are the ones that are scored and shipped.
+    A projector behind the student's last map is trained by the mean squared error with the teacher's last map. From
+    `setup` on the student is its graduate (models/graduates.py): its own layers up to the last map, the projector,
+    pooling, the teacher's frozen classifier. So its logits here are the ones that are scored and shipped.
     """
 
-    needs = frozenset({"maps", "pooled", "pairs"})
+    reads_logits = False
+    needs = frozenset({Need.MAPS, Need.POOLED, Need.PAIRS})
 
-    def __init__(
-        self,
-        outer_weight: Weight = 1.0,
-        ce_weight: Weight = 0.0,
-        kd_weight: Weight = 0.0,
-        tau: Temperature = 4.0,
-        factor: Annotated[float, Field(gt=0)] = 2.0,
-    ) -> None:
-        super().__init__()
-        self.outer_weight, self.ce_weight, self.kd_weight = outer_weight, ce_weight, kd_weight
-        self.tau, self.factor = tau, factor
+    outer_weight: Weight = 1.0
+    """Weight of the mean squared error."""
+    ce_weight: Weight = 0.0
+    """Weight of the loss with the labels."""
+    kd_weight: Weight = 0.0
+    """Weight of the distillation of logits."""
+    tau: Temperature = 4.0
+    """Temperature of the distillation of logits."""
+    factor: Positive = 2.0
+    """The projector's inner width is the teacher's width divided by this."""
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
-        self.two_maps = borrow(room, lesson, self.factor)
+        self.two_maps = borrow(context, lesson, self.factor)
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        out, teacher = lesson.student.out.float(), lesson.teacher
         terms = {
-            "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
+            "hard": self.ce_weight * lesson.hard(),
             "features": self.outer_weight * F.mse_loss(*self.two_maps(lesson)),
         }
         if self.kd_weight:
-            terms["teacher"] = self.kd_weight * lesson.task.soft(out, teacher.out, self.tau).mean()
+            soft = lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau)
+            terms["teacher"] = self.kd_weight * soft.mean()
         return terms
 
 
 TwoMaps = Callable[[Lesson], tuple[Float[Tensor, "B D h w"], Float[Tensor, "B D h w"]]]
-"""A lesson's last maps, the student's and the teacher's, of one shape."""
+"""The last maps of a lesson, the student's and the teacher's, of equal shape."""
 
 
-def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
-    """Make the room's student the graduate that ends in its teacher's classifier; gives what reads their last maps.
+def borrow(context: SetupContext, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
+    """Turn the context's student into the graduate that ends in the teacher's classifier; returns a reader of the two
+    last maps.
 
-    Raises RecipeError where the classifier is not given the pooled last map, so that no projector could feed it.
+    Raises RecipeError if the classifier's input is not the pooled last map, so that no projector could replace it.
     """
-    teacher, student = room.teacher, room.student
+    teacher, student = context.teacher, context.student
     assert teacher is not None
     if isinstance(student.net, Graduate):
         raise RecipeError(
-            f"classroom.student: {student.name}'s weights are a graduate's, which has a borrowed classifier already",
+            f"classroom.student: {student.name} already has the classifier of another teacher (it is a graduate)",
             hint=f"Start from the architecture itself: {student.architecture.full}@none.",
         )
     (weight, bias), tail = classifier(teacher), _before_pooling(teacher, lesson)
@@ -117,7 +122,7 @@ def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
         graduate.classifier.weight.copy_(weight)
         if bias is not None:
             graduate.classifier.bias.copy_(bias)
-    student.net = graduate.to(room.device)
+    student.net = graduate.to(context.device)
     student.forget()
 
     def two_maps(lesson: Lesson) -> tuple[Tensor, Tensor]:
@@ -129,16 +134,16 @@ def borrow(room: Room, lesson: Lesson, factor: float = 2.0) -> TwoMaps:
 
 
 def _before_pooling(teacher: Member, lesson: Lesson) -> Callable[[Tensor], Tensor]:
-    """What a teacher does to its last stage's map before pooling it: nothing, or a last norm of its own.
+    """What a teacher does to its last stage's map before pooling it: nothing, or a final norm.
 
-    Found by trying: the map's average must be what its classifier is given. Raises RecipeError where none is.
+    Found by trying each: the map's average must be the classifier's input. Raises RecipeError if none fits.
     """
     net, x, pooled = teacher.net, last(lesson.teacher), lesson.teacher.vectors
     tail, norm = getattr(net, "tail", None), getattr(net, "norm", None)
     ways: list[Callable[[Tensor], Tensor]] = [lambda x: x]
-    if isinstance(tail, nn.Module):  # the zoo's: a wide residual network's last norm and ReLU
+    if isinstance(tail, nn.Module):  # the zoo's wide residual networks: final norm and ReLU
         ways.append(tail)
-    if isinstance(norm, nn.Module):  # timm's and torchvision's, of maps or with channels last
+    if isinstance(norm, nn.Module):  # timm and torchvision, on maps or with channels last
         ways += [norm, lambda x: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
     for way in ways:
         try:
@@ -148,20 +153,20 @@ def _before_pooling(teacher: Member, lesson: Lesson) -> Callable[[Tensor], Tenso
         if given.shape == pooled.shape and (given - pooled).abs().max() <= NEAR * pooled.abs().max():
             return way
     width, shape = pooled.shape[1], "x".join(map(str, x.shape[1:]))
-    what = (
-        f"{x.shape[1]} on average: a layer lies between them"
+    found = (
+        f"gives {x.shape[1]}: there is a layer in between"
         if x.shape[1] != width
-        else f"{width} others on average: its pooling is another (a class token), or a norm lies between them"
+        else "gives others: it is pooled in another way (class token), or a norm follows"
     )
     raise RecipeError(
-        f"classroom.teacher: {teacher.name}'s classifier takes {width} numbers, its last map ({shape}) gives {what}",
+        f"classroom.teacher: the classifier of {teacher.name} takes {width} numbers, its last map ({shape}) {found}",
         hint="Choose a teacher that ends in average pooling and one linear layer (ResNet, WRN, RegNet, Swin), or a "
-        "method that needs no such classifier: srrl, fitnets, crd.",
+        "method that does not borrow the classifier: srrl, fitnets, crd.",
     )
 
 
 def classifier(member: Member) -> tuple[Float[Tensor, "K D"], Float[Tensor, " K"] | None]:
-    """A mentor's last layer, of the data's classes only, in float32."""
+    """A mentor's last layer (weight, bias), only the data's classes, in float32."""
     head = member.head
     weight, bias = head.weight.detach().float().flatten(1), head.bias
     bias = None if bias is None else bias.detach().float()
@@ -171,72 +176,71 @@ def classifier(member: Member) -> tuple[Float[Tensor, "K D"], Float[Tensor, " K"
 
 
 class OFA(Method):
-    """Every stage of the student answers through a projector of its own, and is taught by the teacher's last answer.
+    """OFA-KD, Hao et al. 2023 (arXiv 2310.19444): each stage of the student learns from the teacher's logits.
 
-    OFA-KD, Hao et al. 2023 (arXiv 2310.19444): no map of the teacher's is looked at, so any two architectures fit.
-    A convolutional student's stages are halved once for every stage that is left, a transformer's tokens are merged
-    to a 7x7 grid and pass attention blocks; projectors are left behind after training.
-
-    student: which projectors; `auto` takes those for tokens where the student has attention over positions.
-    stages: which of the student's stages, from 1; all when empty.
+    A projector at each stage gives logits. No map of the teacher is read, so any two architectures fit. The stages of
+    a convolutional student are halved once for every stage that follows, a transformer's tokens are merged to a 7x7
+    grid and pass attention blocks; the projectors are dropped after training.
     """
 
-    needs = frozenset({"maps", "pooled", "hard_target", "pairs"})
+    tasks = frozenset({"classify"})
+    needs = frozenset({Need.MAPS, Need.POOLED, Need.HARD_TARGET, Need.PAIRS})
 
-    def __init__(
-        self,
-        gt: Weight = 1.0,
-        kd: Weight = 1.0,
-        ofa: Weight = 1.0,
-        eps: Annotated[float, Field(gt=0)] = 1.0,
-        tau: Temperature = 1.0,
-        student: Literal["auto", "cnn", "token"] = "auto",
-        stages: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__()
-        self.gt, self.kd, self.ofa, self.eps, self.tau = gt, kd, ofa, eps, tau
-        self.kind, self.stages = student, list(stages)
+    gt: Weight = 1.0
+    """Weight of the loss with the labels."""
+    kd: Weight = 1.0
+    """Weight of the student's own logits."""
+    ofa: Weight = 1.0
+    """Weight of the projectors' logits, summed over the stages."""
+    eps: Positive = 1.0
+    """Exponent of the class weights."""
+    tau: Temperature = 1.0
+    """Temperature of the teacher and the student."""
+    student: Literal["auto", "cnn", "token"] = "auto"
+    """Kind of projectors; `auto` takes those for tokens if the student has attention over positions."""
+    stages: tuple[int, ...] = ()
+    """The student's stages to use, counted from 1; empty: all."""
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         maps = list(stages(lesson.student).items())
         n = len(maps)
-        self.stages = self.stages or list(range(1, n + 1))
-        if bad := [k for k in self.stages if not 1 <= k <= n]:
+        chosen = self.stages or range(1, n + 1)
+        if bad := [k for k in chosen if not 1 <= k <= n]:
             raise RecipeError(
-                f"method.stages: {room.student.name} has no stage {bad[0]}",
+                f"method.stages: {context.student.name} has no stage {bad[0]}",
                 hint=f"It has {', '.join(f'{k}: {name}' for k, (name, _) in enumerate(maps, 1))}.",
             )
-        tokens = _attends(room.student.net) if self.kind == "auto" else self.kind == "token"
+        tokens = _attends(context.student.net) if self.student == "auto" else self.student == "token"
         ours, theirs = lesson.student.vectors.shape[1], lesson.teacher.vectors.shape[1]
         make = _token_projector if tokens else _cnn_projector
         width = ours if tokens else max(ours, theirs)
         self.projectors = nn.ModuleDict({
-            maps[k - 1][0]: make(maps[k - 1][1], width, n - k, room.task.num_classes) for k in sorted(set(self.stages))
+            maps[k - 1][0]: make(maps[k - 1][1], width, n - k, context.task.num_classes) for k in sorted(set(chosen))
         })  # fmt: skip
         self.projectors.apply(_initialise)
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        out, teacher, maps = lesson.student.out, lesson.teacher.out, lesson.student.stages
+        maps = lesson.student.stages
 
-        def taught(answer: Tensor) -> Tensor:
-            return ofa_loss(answer, teacher, lesson.target, eps=self.eps, tau=self.tau).mean()
+        def ofa(out: Tensor) -> Tensor:
+            return ofa_loss(out, lesson.teacher.out, lesson.target, eps=self.eps, tau=self.tau).mean()
 
-        each = [taught(projector(maps[name])) for name, projector in self.projectors.items()]
+        each = [ofa(projector(maps[name])) for name, projector in self.projectors.items()]
         return {
-            "hard": self.gt * lesson.task.hard(out, lesson.target).mean(),
-            "teacher": self.kd * taught(out),
+            "hard": self.gt * lesson.hard(),
+            "teacher": self.kd * ofa(lesson.student.out),
             "stages": self.ofa * torch.stack(each).sum(),
         }
 
 
 def _attends(net: nn.Module) -> bool:
-    """Whether positions of the image attend to each other: a transformer of any kind."""
+    """Whether the positions of an image attend to each other: any kind of transformer."""
     return any(type(one).__name__.endswith(("Attention", "AttentionV2", "MixerBlock")) for one in net.modules())
 
 
 def _cnn_projector(x: Tensor, width: int, left: int, classes: int) -> nn.Module:
-    """A stage's map halved once for each of the `left` stages after it, to `width` channels, pooled, classified."""
+    """A stage's map is halved once for each of the `left` stages after it, to `width` channels, pooled, classified."""
     channels = x.shape[1]
     layers: list[nn.Module] = []
     for n in range(left):
@@ -249,7 +253,7 @@ def _cnn_projector(x: Tensor, width: int, left: int, classes: int) -> nn.Module:
 
 
 def _halved(cin: int, cout: int) -> nn.Module:
-    """Two separable convolutions, the first with stride 2."""
+    """Two separable convolutions, the first one with stride 2."""
 
     def separable(a: int, b: int, stride: int) -> list[nn.Module]:
         depthwise = nn.Conv2d(a, a, 3, stride, 1, groups=a, bias=False)
@@ -259,7 +263,7 @@ def _halved(cin: int, cout: int) -> nn.Module:
 
 
 def _token_projector(x: Tensor, width: int, left: int, classes: int) -> nn.Module:
-    """A stage's tokens merged to a 7x7 grid, through attention blocks, averaged, classified."""
+    """A stage's tokens are merged to a 7x7 grid, pass attention blocks, are averaged and classified."""
     merges = max(int(math.log2(max(min(x.shape[2:]) / TOKEN_GRID, 1))), 0)
     layers: list[nn.Module] = [Merge(x.shape[1] if n == 0 else width, width) for n in range(merges)]
     if not merges and x.shape[1] != width:
@@ -273,7 +277,7 @@ def _token_projector(x: Tensor, width: int, left: int, classes: int) -> nn.Modul
 
 
 class Merge(nn.Module):
-    """Four neighbouring tokens become one: concatenated, normalised, projected. An odd side is padded with zeros."""
+    """Merges 2x2 tokens into one: concatenated, normalised, projected. An odd side is padded with zeros."""
 
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__()
@@ -286,21 +290,21 @@ class Merge(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A grid as a row of tokens."""
+    """Flattens a grid into a sequence of tokens."""
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N C"]:
         return x.flatten(2).transpose(1, 2)
 
 
 class Mean(nn.Module):
-    """Tokens averaged."""
+    """Averages tokens."""
 
     def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B C"]:
         return x.mean(1)
 
 
 def _initialise(module: nn.Module) -> None:
-    """Convolutions Kaiming fan-out, linear layers a truncated normal of deviation 0.02, biases zero."""
+    """Convolutions: Kaiming fan-out; linear layers: truncated normal with standard deviation 0.02; biases: zero."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

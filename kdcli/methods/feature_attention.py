@@ -1,44 +1,42 @@
-"""Feature methods in which an attention decides what goes with what: SMKD over positions, SemCKD over stages."""
+"""Feature methods that pair by attention: SMKD the positions of the last map, SemCKD the stages."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.feature_attention import semckd_loss, similarity, spatial_matching, stage_attention
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
-from kdcli.methods.pairing import conv_bn_relu, fit, last, pooled_to, stages
+from kdcli.methods.base import Count, Lesson, Method, Need, Phase, Positive, SetupContext, Temperature, Terms, Weight
+from kdcli.methods.pairing import last, stages
+from kdcli.models.layers import conv_bn_relu, fit, pooled_to
 
 
 class SMKD(Method):
-    """Every position of the last map is matched by a mixture of all the student's positions (one-to-all matching).
+    """TaT, Lin et al. 2022 (arXiv 2205.10793), one-to-all matching: every position of the last map is matched by a
+    mixture of all positions of the student.
 
-    TaT, Lin et al. 2022 (arXiv 2205.10793). Query and value are 3x3 convolutions with batch norm of the student's map,
-    the key is the teacher's map; maps of different sizes are pooled to the smaller. The authors publish no CIFAR
-    weights: 0.2 beside a CE weight of 1 (papers.md section 8).
-
-    form: `official` normalises over the teacher's positions as the authors' code does, `transposed` over the student's
-        as the paper's words have it.
+    Query and value are 3x3 convolutions with batch norm on the student's map, the key is the teacher's map; maps of
+    different sizes are pooled to the smaller one. The authors publish no weights for CIFAR: 0.2 with a weight of 1 for
+    the labels is ours.
     """
 
-    needs = frozenset({"maps", "pairs"})
+    reads_logits = False
+    needs = frozenset({Need.MAPS, Need.PAIRS})
 
-    def __init__(
-        self,
-        outer_weight: Weight = 0.2,
-        ce_weight: Weight = 1.0,
-        kd_weight: Weight = 0.0,
-        tau: Temperature = 4.0,
-        form: Literal["official", "transposed"] = "official",
-    ) -> None:
-        super().__init__()
-        self.outer_weight, self.ce_weight, self.kd_weight, self.tau = outer_weight, ce_weight, kd_weight, tau
-        self.form: Literal["official", "transposed"] = form
+    outer_weight: Weight = 0.2
+    """Weight of the matching."""
+    ce_weight: Weight = 1.0
+    """Weight of the loss with the labels."""
+    kd_weight: Weight = 0.0
+    """Weight of the distillation of logits."""
+    tau: Temperature = 4.0
+    """Temperature of the distillation of logits."""
+    form: Literal["official", "transposed"] = "official"
+    """Softmax over the teacher's positions as in the authors' code, or over the student's as in the paper's text."""
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
         cin, cout = last(lesson.student).shape[1], last(lesson.teacher).shape[1]
 
@@ -48,53 +46,49 @@ class SMKD(Method):
         self.query, self.value = embedding(), embedding()
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        out = lesson.student.out.float()
         ours, theirs = fit(last(lesson.student), last(lesson.teacher))
         matched = spatial_matching(self.query(ours), theirs, self.value(ours), form=self.form)
-        terms = {
-            "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
-            "features": self.outer_weight * F.mse_loss(matched, theirs),
-        }
+        terms = {"hard": self.ce_weight * lesson.hard(), "features": self.outer_weight * F.mse_loss(matched, theirs)}
         if self.kd_weight:
-            terms["teacher"] = self.kd_weight * lesson.task.soft(out, lesson.teacher.out, self.tau).mean()
+            soft = lesson.task.soft(lesson.student.out, lesson.teacher.out, self.tau)
+            terms["teacher"] = self.kd_weight * soft.mean()
         return terms
 
 
 class SemCKD(Method):
-    """Every stage of the student learns from all the teacher's, as much from each as an attention says.
+    """Chen et al. 2021 (arXiv 2012.03236): every stage of the student learns from all stages of the teacher, weighted
+    by an attention.
 
-    Chen et al. 2021 (arXiv 2012.03236). What goes into the attention is a batch's similarity matrix, so its layers are
-    as wide as a batch: a batch of another size (the short last one) brings its CE and KD terms alone, as the public
-    loop leaves such batches out. A data set smaller than one batch is refused.
-
-    detach: whether the student's similarity matrices are a description only. The definition says neither; with a
-        gradient through them the published rate and weight diverged on the digits.
+    The attention reads the similarity matrix of a batch, so its layers are as wide as a batch: a batch of another size
+    (the short last one) contributes only the labels and KD, as the public loop drops such batches. A data set smaller
+    than one batch is refused.
     """
 
-    needs = frozenset({"maps", "full_batches", "pairs"})
+    needs = frozenset({Need.MAPS, Need.FULL_BATCHES, Need.PAIRS})
 
-    def __init__(
-        self,
-        outer_weight: Weight = 400.0,
-        ce_weight: Weight = 1.0,
-        kd_weight: Weight = 1.0,
-        tau: Temperature = 4.0,
-        factor: Annotated[int, Field(ge=1)] = 4,
-        soft: Annotated[float, Field(gt=0)] = 1.0,
-        detach: bool = True,
-    ) -> None:
-        super().__init__()
-        self.outer_weight, self.ce_weight, self.kd_weight, self.tau = outer_weight, ce_weight, kd_weight, tau
-        self.factor, self.soft, self.detach = factor, soft, detach
+    outer_weight: Weight = 400.0
+    """Weight of the feature loss."""
+    ce_weight: Weight = 1.0
+    """Weight of the loss with the labels."""
+    kd_weight: Weight = 1.0
+    """Weight of the distillation of logits."""
+    tau: Temperature = 4.0
+    """Temperature of the distillation of logits."""
+    factor: Count = 4
+    """Queries and keys have the length of a batch divided by this."""
+    soft: Positive = 1.0
+    """Temperature of the attention."""
+    detach: bool = True
+    """No gradient through the student's similarity matrices: with it the published weight diverges on the digits."""
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
-        self.batch = room.train.batch_size
-        if len(room.data.train) < self.batch:
+        self.batch = context.train.batch_size
+        if len(context.data.train) < self.batch:
             raise RecipeError(
-                f"train.batch_size = {self.batch}: method semckd learns from whole batches, and there are "
-                f"{len(room.data.train)} images",
-                hint=f"--set train.batch_size={len(room.data.train)}",
+                f"train.batch_size = {self.batch}: method semckd learns only from whole batches, and there are only "
+                f"{len(context.data.train)} images",
+                hint=f"--set train.batch_size={len(context.data.train)}",
             )
         ours, theirs = stages(lesson.student), stages(lesson.teacher)
         width = max(self.batch // self.factor, 1)
@@ -109,14 +103,14 @@ class SemCKD(Method):
         ])  # fmt: skip
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        out = lesson.student.out.float()
+        out, task = lesson.student.out, lesson.task
         terms = {
-            "hard": self.ce_weight * lesson.task.hard(out, lesson.target).mean(),
-            "teacher": self.kd_weight * lesson.task.soft(out, lesson.teacher.out, self.tau).mean(),
+            "hard": self.ce_weight * lesson.hard(),
+            "teacher": self.kd_weight * task.soft(out, lesson.teacher.out, self.tau).mean(),
         }
         if len(out) == self.batch:
             ours, theirs = list(stages(lesson.student).values()), list(stages(lesson.teacher).values())
-            described = [x.detach() for x in ours] if self.detach else ours
+            described = [x.detach() if self.detach else x for x in ours]
             attention = stage_attention(
                 torch.stack([_embedded(mlp, x) for mlp, x in zip(self.queries, described, strict=True)]),
                 torch.stack([_embedded(mlp, x) for mlp, x in zip(self.keys, theirs, strict=True)]),
@@ -140,6 +134,6 @@ def _projector(cin: int, cout: int) -> nn.Sequential:
 
 
 def _distance(projector: nn.Module, ours: Tensor, theirs: Tensor) -> Tensor:
-    """Each sample's mean squared error [B] between a projected stage and a teacher's."""
+    """The mean squared error [B] of each sample between a projected stage and one of the teacher's."""
     size = (min(ours.shape[2], theirs.shape[2]), min(ours.shape[3], theirs.shape[3]))
     return (projector(pooled_to(ours, size)) - pooled_to(theirs, size)).square().flatten(1).mean(1)

@@ -1,184 +1,176 @@
-"""Several teachers, and on every sample or batch a judgement whom to believe: EBKD, CA-MKD, AEKD."""
+"""Several teachers, weighted for each sample or batch: EBKD, CA-MKD, AEKD."""
 
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.multi_teacher import confidence_weights, entropy_weights, least_norm_weights, mean_gradients
-from kdcli.mentors.classroom import Member
 from kdcli.methods import pairing
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, View
-from kdcli.models.split import Rest
+from kdcli.methods.base import Lesson, Method, Need, Phase, Positive, SetupContext, Temperature, Terms, Weight
+from kdcli.models import layers
+from kdcli.models.member import Member
+from kdcli.models.split import Tail
 
 
 class EBKD(Method):
-    """Kwon et al. 2020, "Adaptive Knowledge Distillation Based on Entropy": the surer a teacher, the more it weighs.
+    """Kwon et al. 2020, "Adaptive Knowledge Distillation Based on Entropy": certain teachers have more weight.
 
-    The equation is that of the public code (papers.md section 8): the weights sum to M - 1 and the mean over teachers
-    is taken, so that all teachers together weigh (M - 1) / M.
+    As in the public code, the weights sum to M - 1 and the mean over teachers is taken, so that all teachers together
+    have the weight (M - 1) / M.
     """
 
+    tasks = frozenset({"classify"})
     teachers = 2
 
-    def __init__(self, tau: Temperature = 4.0, alpha: float = 1.0, beta: float = 1.0) -> None:
-        super().__init__()
-        self.tau, self.alpha, self.beta = tau, alpha, beta
+    tau: Temperature = 4.0
+    """Temperature of the teachers and the student."""
+    alpha: float = 1.0
+    """Weight of the loss with the labels."""
+    beta: float = 1.0
+    """Weight of the distillation loss."""
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        student, mentors = lesson.student.out, lesson.mentors_out
-        w = entropy_weights(mentors)  # [M, B]
+        w = entropy_weights(lesson.mentors_out)  # [M, B]
         lesson.notes["weight"] = w.mean(-1)
-        return {
-            "hard": self.alpha * lesson.task.hard(student, lesson.target).mean(),
-            "mentors": self.beta * (w * lesson.task.soft(student, mentors, self.tau)).mean(),
-        }
+        return {"hard": self.alpha * lesson.hard(), "mentors": self.beta * (w * lesson.soft(self.tau)).mean()}
 
 
 class CAMKD(Method):
-    """Zhang et al. 2022, arXiv 2201.00007, "Confidence-Aware Multi-Teacher Knowledge Distillation".
+    """Zhang et al. 2022, "Confidence-Aware Multi-Teacher Knowledge Distillation" (arXiv 2201.00007).
 
-    beta, feature: weights of the logit part and of the feature part. wide: the projectors' three-convolution form.
-    The student's map, projected, is judged by what the teacher does with its own last map, frozen and in eval mode.
-    variant: `official` divides both parts by M once more, and lets gradient flow through the feature part's weights.
-    Every teacher's map is met by the student's original one: the authors' code goes on from the copy it resized for
-    the teacher before.
+    The student's map, projected to a teacher's, is judged by what that teacher makes of its own last map, frozen and in
+    eval mode. Each teacher's map is compared with the student's original map: the authors' code continues with the copy
+    that it resized for the teacher before.
     """
 
+    tasks = frozenset({"classify"})
     teachers = 2
     projectors: nn.ModuleList
 
-    def __init__(
-        self,
-        tau: Temperature = 4.0,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        feature: Annotated[float, Field(ge=0)] = 50.0,
-        wide: bool = False,
-        variant: Literal["paper", "official"] = "paper",
-    ) -> None:
-        super().__init__()
-        self.tau, self.alpha, self.beta, self.feature, self.wide = tau, alpha, beta, feature, wide
-        self.official = variant == "official"
-        self.needs = frozenset({"maps", "pairs"} if feature else ())
+    tau: Temperature = 4.0
+    """Temperature of the teachers and the student."""
+    alpha: float = 1.0
+    """Weight of the loss with the labels."""
+    beta: float = 1.0
+    """Weight of the logit part."""
+    feature: Weight = 50.0
+    """Weight of the feature part; 0 leaves it out."""
+    wide: bool = False
+    """Whether projectors have three convolutions instead of one."""
+    variant: Literal["paper", "official"] = "paper"
+    """`official` divides both parts by M once more, and lets gradient flow through the feature part's weights."""
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.official = self.variant == "official"
+        self.needs = frozenset({Need.MAPS, Need.PAIRS} if self.feature else ())
+
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         self.projectors = nn.ModuleList()
-        self.rests: list[Rest] = []
+        self.rests: list[Tail] = []
         if not self.feature:
             return
         assert lesson is not None
-        assert lesson.mentors is not None
-        width = _last(lesson.student).shape[1]
-        for m, mentor in enumerate(room.mentors):
-            map_ = _last(lesson.mentors.of(m))
+        width = pairing.last(lesson.student).shape[1]
+        for m, mentor in enumerate(context.mentors):
+            map_ = pairing.last(lesson.mentors[m])
             self.rests.append(_rest(mentor, map_))
             self.projectors.append(_projector(width, map_.shape[1], wide=self.wide))
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        student, mentors = lesson.student.out, lesson.mentors_out
-        share = 1 / len(mentors) if self.official else 1.0
-        w = confidence_weights(self._wrong(mentors, lesson.target))  # [M, B]
+        share = 1 / len(lesson.mentors) if self.official else 1.0
+        w = confidence_weights(_cross_entropies(lesson.mentors_out, lesson.target))  # [M, B]
         lesson.notes["weight"] = w.mean(-1)
-        soft = lesson.task.soft(student, mentors, self.tau)
         terms = {
-            "hard": self.alpha * lesson.task.hard(student, lesson.target).mean(),
-            "mentors": self.beta * share * (w * soft).sum(0).mean(),
+            "hard": self.alpha * lesson.hard(),
+            "mentors": self.beta * share * (w * lesson.soft(self.tau)).sum(0).mean(),
         }
         if self.feature:
             terms["feature"] = self.feature * share * self._features(lesson)
         return terms
 
     def _features(self, lesson: Lesson) -> Float[Tensor, ""]:
-        assert lesson.mentors is not None
-        ours, far, probes = _last(lesson.student), [], []
-        for m, (mentor, project, rest) in enumerate(zip(self.room.mentors, self.projectors, self.rests, strict=True)):
-            theirs = _last(lesson.mentors.of(m))
-            mine = project(pairing.resized_to(ours, (theirs.shape[2], theirs.shape[3])))
+        ours, far, probes = pairing.last(lesson.student), [], []
+        for m, (mentor, project, rest) in enumerate(
+            zip(self.context.mentors, self.projectors, self.rests, strict=True)
+        ):
+            theirs = pairing.last(lesson.mentors[m])
+            mine = project(layers.resized_to(ours, (theirs.shape[2], theirs.shape[3])))
             far.append((mine - theirs).square().flatten(1).mean(1))  # [B]
             probe, _, _ = rest(mine)
             probes.append(probe if mentor.class_index is None else probe.index_select(-1, mentor.class_index))
-        w = confidence_weights(self._wrong(torch.stack(probes), lesson.target))
+        w = confidence_weights(_cross_entropies(torch.stack(probes), lesson.target))  # [M, B]
         if not self.official:
             w = w.detach()
         return (w * torch.stack(far)).sum(0).mean()
-
-    @staticmethod
-    def _wrong(out: Float[Tensor, "M B K"], target: Tensor) -> Float[Tensor, "M B"]:
-        return torch.stack([F.cross_entropy(one.float(), target, reduction="none") for one in out])
 
 
 class AEKD(Method):
     """Du et al. 2020, "Agree to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space".
 
-    Teachers are weighed so that their gradients together are shortest: the direction that none of them contradicts.
-    C: the largest weight; 1 and more let one teacher have it all. normalise: gradients are compared at equal length.
+    The teachers are weighted so that the sum of their gradients is shortest: the direction that none of them opposes.
     """
 
+    tasks = frozenset({"classify"})
     teachers = 2
-    needs = frozenset({"full_batches"})  # one mean gradient of the batch decides for all its samples
+    needs = frozenset({Need.FULL_BATCHES})  # the mean gradient of the batch decides for all its samples
 
-    def __init__(
-        self,
-        tau: Temperature = 4.0,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        C: Annotated[float, Field(gt=0)] = 0.6,
-        normalise: bool = False,
-    ) -> None:
-        super().__init__()
-        self.tau, self.alpha, self.beta, self.C, self.normalise = tau, alpha, beta, C, normalise
+    tau: Temperature = 4.0
+    """Temperature of the teachers and the student."""
+    alpha: float = 1.0
+    """Weight of the loss with the labels."""
+    beta: float = 1.0
+    """Weight of the distillation loss."""
+    C: Positive = 0.6
+    """Largest weight of a teacher; from 1 on it sets no limit."""
+    normalise: bool = False
+    """Whether gradients are compared at equal length."""
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
-        m = len(room.mentors)
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
+        m = len(context.mentors)
         if self.C * m < 1:
             raise RecipeError(
-                f"method.C = {self.C}: {m} teachers of at most this weight cannot sum to 1",
-                hint=f"--set method.C={1 / m:.2g} weighs all alike, anything from 1 sets no limit; the default is 0.6.",
+                f"method.C = {self.C}: the weights of {m} teachers, each at most C, cannot sum to 1",
+                hint=f"--set method.C={1 / m:.2g} gives all the same weight, from 1 on there is no limit; default 0.6.",
             )
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        student, mentors = lesson.student.out, lesson.mentors_out
-        g = mean_gradients(student.detach(), mentors, tau=self.tau)
+        g = mean_gradients(lesson.student.out.detach(), lesson.mentors_out, tau=self.tau)  # [M, K]
         w = least_norm_weights(g, C=self.C, normalise=self.normalise)  # [M]
         lesson.notes["weight"] = w
-        each = lesson.task.soft(student, mentors, self.tau).mean(-1)  # [M]
-        return {
-            "hard": self.alpha * lesson.task.hard(student, lesson.target).mean(),
-            "mentors": self.beta * (w * each).sum(),
-        }
+        each = lesson.soft(self.tau).mean(-1)  # [M]
+        return {"hard": self.alpha * lesson.hard(), "mentors": self.beta * (w * each).sum()}
 
 
-def _last(view: View) -> Float[Tensor, "B C H W"]:
-    stages = view.stages
-    return stages[pairing.tap(stages, "last", "the network", "tap")]
+def _cross_entropies(out: Float[Tensor, "M B K"], target: Tensor) -> Float[Tensor, "M B"]:
+    return torch.stack([F.cross_entropy(one.float(), target, reduction="none") for one in out])
 
 
 def _projector(cin: int, cout: int, *, wide: bool) -> nn.Module:
-    """From the student's channels to a teacher's; its size is met before."""
+    """From the student's channels to a teacher's, at the teacher's size."""
     if not wide:
-        return pairing.conv_bn_relu(cin, cout, bias=True)
+        return layers.conv_bn_relu(cin, cout, bias=True)
     half = max(cin // 2, 1)
     return nn.Sequential(
-        pairing.conv_bn_relu(cin, half), pairing.conv_bn_relu(half, half, 3), pairing.conv_bn_relu(half, cout)
+        layers.conv_bn_relu(cin, half), layers.conv_bn_relu(half, half, 3), layers.conv_bn_relu(half, cout)
     )
 
 
-def _rest(mentor: Member, map_: Float[Tensor, "B C H W"]) -> Rest:
-    """What the mentor makes of its last map: pooling and classifier, and what may come before those.
+def _rest(mentor: Member, map_: Float[Tensor, "B C H W"]) -> Tail:
+    """The mentor's layers after its last map: pooling and classifier, and what may come before those.
 
-    Raises RecipeError where that is more than its last map.
+    Raises RecipeError if they take more than the last map.
     """
     try:
         stages = [stage for stage in mentor.taps() if stage.startswith("stage")]
-        return Rest(mentor.net, mentor.head, mentor.input_size, mentor.name, stages[-1])
+        return Tail(mentor.net, mentor.head, mentor.input_size, mentor.name, stages[-1])
     except RecipeError as error:
         raise RecipeError(
-            f"method.feature: the classifier of {mentor.name} does not take its last map "
-            f"({'x'.join(map(str, map_.shape[1:]))}) alone, so it cannot judge the student's",
+            f"method.feature: the classifier of {mentor.name} reads more than its last map "
+            f"({'x'.join(map(str, map_.shape[1:]))}), so it cannot be applied to the student's",
             hint="--set method.feature=0 leaves the feature part out, or choose a convolutional teacher.",
         ) from error

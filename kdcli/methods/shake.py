@@ -1,67 +1,68 @@
-"""SHAKE: a shadow head grown on the teacher's maps learns with the student, and the two teach each other."""
+"""SHAKE: a shadow head on the teacher's maps is trained with the student, and the two teach each other."""
 
 from itertools import pairwise
-from typing import Annotated
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from kdcli.errors import RecipeError
-from kdcli.losses.classifier import standardise
-from kdcli.methods.base import Lesson, Method, Phase, Room, Temperature, Terms, Weight
-from kdcli.methods.pairing import conv_bn_relu, resized_to, stages
+from kdcli.losses.shake import standardise
+from kdcli.methods.base import Lesson, Method, Need, Phase, Positive, SetupContext, Temperature, Terms, Weight
+from kdcli.methods.pairing import stages
+from kdcli.models.layers import conv_bn_relu, resized_to
 
 MAPS = 3
 
 
 class SHAKE(Method):
-    """Li & Jin 2022, "Shadow knowledge distillation": a bridge between an offline teacher and an online one.
+    """Li and Jin 2022, "Shadow knowledge distillation": between offline distillation and online distillation.
 
     The shadow reads three of the teacher's maps, detached, and ends in the teacher's own frozen classifier. All logits
-    are standardised per sample and multiplied by `logit_scale`, for cross-entropy too; targets are detached. Of a
-    teacher with more than three stages the three up to the last one whose width its classifier takes are read.
+    are standardised per sample and multiplied by `logit_scale`, also for the cross-entropy; targets are detached. If
+    the teacher has more than three stages, the last stage whose width the classifier takes and the two before it are
+    read.
     """
 
-    needs = frozenset({"maps", "pairs"})
+    tasks = frozenset({"classify"})
+    needs = frozenset({Need.MAPS, Need.PAIRS})
 
-    def __init__(
-        self,
-        gamma: Weight = 1.0,
-        beta: Weight = 1.0,
-        tau: Temperature = 4.0,
-        logit_scale: Annotated[float, Field(gt=0)] = 3.1415,
-        eps: Annotated[float, Field(gt=0)] = 1e-7,
-    ) -> None:
-        super().__init__()
-        self.gamma, self.beta, self.tau, self.logit_scale, self.eps = gamma, beta, tau, logit_scale, eps
+    gamma: Weight = 1.0
+    """Weight of the loss with the labels."""
+    beta: Weight = 1.0
+    """Weight of every term with the shadow."""
+    tau: Temperature = 4.0
+    """Temperature of the student and the shadow."""
+    logit_scale: Positive = 3.1415
+    """Standard deviation of the logits after standardising."""
+    eps: Positive = 1e-7
+    """Added to the variance when standardising."""
 
-    def setup(self, room: Room, lesson: Lesson | None) -> None:
+    def setup(self, context: SetupContext, lesson: Lesson | None) -> None:
         assert lesson is not None
-        assert room.teacher is not None
-        maps, width = stages(lesson.teacher), room.teacher.width
+        assert context.teacher is not None
+        maps, width = stages(lesson.teacher), context.teacher.width
         names = list(maps)
         ends = [n for n, name in enumerate(names) if maps[name].shape[1] == width and n >= MAPS - 1]
         if not ends:
             shapes = ", ".join(f"{name} {'x'.join(map(str, x.shape[1:]))}" for name, x in maps.items())
             raise RecipeError(
-                f"classroom.teacher: {room.teacher.name}'s classifier takes {width} numbers, and no map of its with "
-                f"two before it has as many channels ({shapes})",
-                hint="Choose a teacher that ends in pooling and one linear layer (a ResNet, VGG of the zoo, RegNet).",
+                f"classroom.teacher: the classifier of {context.teacher.name} takes {width} numbers, and no map "
+                f"from the third on has as many channels ({shapes})",
+                hint="Choose a teacher that ends in pooling and one linear layer (ResNet, RegNet, the zoo's VGG).",
             )
         self.taps = names[ends[-1] - MAPS + 1 : ends[-1] + 1]
         self.shadow = Shadow([maps[tap] for tap in self.taps])
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         task, target, maps = lesson.task, lesson.target, stages(lesson.teacher)
-        assert self.room.teacher is not None
+        assert self.context.teacher is not None
         vectors = self.shadow([maps[tap].detach() for tap in self.taps])
 
         def scaled(out: Tensor) -> Tensor:
             return standardise(out, logit_scale=self.logit_scale, eps=self.eps)
 
         student, teacher = scaled(lesson.student.out), scaled(lesson.teacher.out)
-        proxy = scaled(self.room.teacher.classify(vectors))
+        proxy = scaled(self.context.teacher.classify(vectors))
         return {
             "hard": self.gamma * task.hard(student, target).mean(),
             "proxy": self.beta * task.soft(student, proxy.detach(), self.tau).mean(),
@@ -74,8 +75,8 @@ class SHAKE(Method):
 class Shadow(nn.Module):
     """u = down(f1) + same(f2); v = down(u) + same(f3); w = keep(v), averaged over positions.
 
-    down halves (a 3x3 convolution of stride 2) where the next map is smaller, and is fitted to it where that is not
-    exactly half; each convolution has batch norm and ReLU and starts from Kaiming fan-out.
+    down halves (a 3x3 convolution of stride 2) if the next map is smaller, and is resized to it if that is not exactly
+    half; each convolution has batch norm and ReLU and is initialised by Kaiming fan-out.
     """
 
     def __init__(self, maps: list[Tensor]) -> None:

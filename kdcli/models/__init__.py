@@ -1,1 +1,1 @@
-"""Networks: names to modules, weights and cards, what is read of a network, the zoo's own (`cifar`)."""
+"""Models: names to networks, their weights and cards, what is read of a network, the zoo's CIFAR networks (`cifar`)."""

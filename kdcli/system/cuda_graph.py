@@ -1,4 +1,4 @@
-"""A computation recorded as a CUDA graph: the same arithmetic, launched at once instead of kernel by kernel."""
+"""A computation captured as a CUDA graph: the same arithmetic, launched at once instead of kernel by kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM = 3  # calls before the recording: lazily made handles, buffers and momenta must exist by then
+WARM = 3  # calls before the capture: lazily created handles, buffers and optimizer state must exist by then
 
 
 class Captured:
-    """`compute(*tensors)`, recorded at the fourth call and replayed from then on.
+    """`compute(*tensors)`, captured at the fourth call and replayed from then on.
 
-    It must be the same arithmetic at every call: all that changes comes in as tensors, or lies in tensors and in
-    `generators`, which may be seeded between calls. What it returns is overwritten by the next call. Inputs of another
-    shape than the first (the short last batch) are computed the plain way.
+    It must do the same arithmetic at every call: whatever changes is an input tensor, or held in tensors or in
+    `generators`, which may be seeded between calls. The next call overwrites what it returned. Inputs whose shapes
+    differ from those of the first call (the short last batch) are computed without the graph.
     """
 
     def __init__(self, compute: Callable[..., Any], generators: tuple[torch.Generator, ...] = ()) -> None:
@@ -31,26 +31,26 @@ class Captured:
             return self.compute(*inputs)
         self.calls += 1
         if self.calls <= WARM:
-            return self._aside(*inputs)
+            return self._on_side_stream(*inputs)
         if self.graph is None:
-            self._record(inputs)
+            self._capture(inputs)
         assert self.graph is not None
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given, non_blocking=True)
+        for static, given in zip(self.inputs, inputs, strict=True):
+            static.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.out
 
-    def _aside(self, *inputs: Tensor) -> Any:
-        """On a stream of its own, as recording will be: what is allocated there may be recorded."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+    def _on_side_stream(self, *inputs: Tensor) -> Any:
+        """A warm-up call; torch requires these on a stream other than the default one, as the capture itself is."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             out = self.compute(*inputs)
-        here.wait_stream(aside)
+        current.wait_stream(side)
         return out
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> None:
-        """Nothing is computed while recording: the call that follows is the first replay."""
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        """Capturing computes nothing: the replay that follows does."""
         self.inputs = [x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
         for generator in self.generators:

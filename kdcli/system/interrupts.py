@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: noted while something is half done, obeyed at once where breaking off loses nothing."""
+"""SIGINT and SIGTERM: recorded while an update is half done, acted on at once where stopping loses nothing."""
 
 import contextlib
 import signal
@@ -11,40 +11,40 @@ T = TypeVar("T")
 
 
 class Stop(BaseException):
-    """Raised inside `Signals.breakable` by a signal; like KeyboardInterrupt nothing but its receiver catches it."""
+    """Raised inside `Signals.breakable` by a signal. A BaseException, so that `except Exception` does not catch it."""
 
 
 class Signals:
-    """Within `with signals:` both signals are noted in `caught` by name; a second SIGINT is a KeyboardInterrupt."""
+    """Within `with signals:` both signals are recorded by name in `caught`; a second SIGINT is a KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.caught: list[str] = []
         self._open = False
-        self._before: dict[signal.Signals, object] = {}
+        self._handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Signals":
-        with contextlib.suppress(ValueError):  # not the main thread, where signals cannot be caught
+        with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
 
-    def _note(self, number: int, _frame: object) -> None:
-        if self.caught and number == signal.SIGINT and distributed.alone():  # a launcher passes on what came to all
+    def _record(self, number: int, _frame: object) -> None:
+        if self.caught and number == signal.SIGINT and distributed.alone():  # ranks get it twice: the launcher's too
             raise KeyboardInterrupt
         self.caught.append(signal.Signals(number).name)
         if self._open:
-            self._open = False  # what cleans up after the stop is not to be broken off by the next signal
+            self._open = False  # the next signal must not interrupt the cleaning up after this one
             raise Stop
 
     @contextlib.contextmanager
     def breakable(self, when: bool = True) -> Iterator[None]:
-        """Let a signal, also one that has come already, break off the block with `Stop` (`when`: if at all).
+        """Let a signal, or one that came before, interrupt the block with `Stop` (unless `when` is false).
 
-        One of several ranks is never broken off: the others would wait for it.
+        With several ranks nothing is interrupted: the other ranks would wait for this one.
         """
         if not when or not distributed.alone():
             yield
@@ -58,7 +58,7 @@ class Signals:
             self._open = False
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, with the making of each breakable."""
+        """`items`; a signal may interrupt the computation of each."""
         source = iter(items)
         while True:
             with self.breakable():

@@ -1,4 +1,4 @@
-"""Where kdcli keeps things: the user's home folder, data roots, and the files shipped with the package."""
+"""Folders: KDCLI_HOME, the data root, and the files shipped with the package."""
 
 import os
 import sys
@@ -17,12 +17,12 @@ def home() -> Path:
 
 
 def data_root(given: str | None = None) -> Path:
-    """Where data sets lie: what was given, else KDCLI_DATA, else `data` under `home()`."""
+    """The folder of the data sets: `given`, else KDCLI_DATA, else `data` in `home()`."""
     return Path(given or os.environ.get("KDCLI_DATA") or home() / "data").expanduser()
 
 
 def shipped(kind: str) -> Path:
-    """The folder of `recipes` or `zoo` cards: inside an installed wheel, or beside the package in a checkout."""
+    """The folder of shipped `recipes` or `zoo` cards: in an installed wheel, or next to the package in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "_shipped" / kind
     return inside if inside.is_dir() else package.parent / kind

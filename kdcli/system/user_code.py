@@ -1,134 +1,80 @@
-"""A user's own method: a class in a Python file, named `file.py:Class`. Nothing of a file runs until it is named so."""
+"""Names, files and digests of the user's own code (`file.py:Class`), and where in it an error arose.
+
+Nothing here runs the file.
+"""
 
 import hashlib
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 from kdcli.errors import RecipeError, did_you_mean
 
-if TYPE_CHECKING:
-    from kdcli.methods import Method
-
-PRIVATE = "kdcli_own_"  # what such a module's name begins with, so that no other can be called the same
+PRIVATE = "kdcli_own_"  # prefix of the module names under which such files run, so that they cannot hide another module
 
 
 def named(name: str) -> bool:
-    """Whether a method's name is a file's class, and none of kdcli's own."""
+    """Whether a method's name means a class in a file, and not a built-in method."""
     return ":" in name or name.endswith(".py")
 
 
 def label(name: str) -> str:
-    """A method's name where it has to be short and safe: in folders, in tables, in checkpoints."""
+    """The short name of a method, safe in folders, tables and checkpoints: the class's name."""
     return name.rpartition(":")[2] if ":" in name else name.removesuffix(".py")
 
 
 def resolve(name: str, folder: Path | None = None) -> str:
-    """The name with its file's whole path, looked for in `folder` (a recipe's), then here; else as it is."""
+    """The name with its file's absolute path, looked up in `folder` (the recipe's), then in the current directory.
+
+    Unchanged if there is no such file.
+    """
     path, colon, cls = name.rpartition(":")
     if not named(name) or not colon:
         return name
-    tries = [Path(path).expanduser()]
+    candidates = [Path(path).expanduser()]
     if folder is not None:
-        tries.insert(0, folder / tries[0])
-    return next((f"{one.resolve()}:{cls}" for one in tries if one.is_file()), name)
+        candidates.insert(0, folder / candidates[0])
+    return next((f"{file.resolve()}:{cls}" for file in candidates if file.is_file()), name)
 
 
 def file_of(name: str) -> Path:
-    """The file of an own method. Raises RecipeError where it names no class, or a file that is not there."""
+    """The file of `file.py:Class`. Raises RecipeError if the name has no class or the file does not exist."""
     path, _, cls = name.rpartition(":")
     if name.endswith(".py") or not cls.isidentifier():
-        raise RecipeError(f"method.name: {name} says no class", hint=f"{path or name}:Mine, for example.")
+        raise RecipeError(f"method.name: {name} names no class", hint=f"For example {path or name}:Mine.")
     file = Path(path).expanduser()
     if not file.is_file():
-        where = file.parent if file.parent.is_dir() else Path()
-        there = [one.name for one in sorted(where.glob("*.py"))]
-        hint = did_you_mean(file.name, there) or "A path is taken from the recipe's folder, then from where you are."
+        folder = file.parent if file.parent.is_dir() else Path()
+        files = [one.name for one in sorted(folder.glob("*.py"))]
+        hint = did_you_mean(file.name, files) or "Paths are relative to the recipe's folder, then to the current one."
         raise RecipeError(f"method.name: there is no file {path} (for {name})", hint=hint)
     return file
 
 
 def digest(name: str) -> str:
-    """sha256 of an own method's file."""
-    return hashlib.sha256(_bytes(file_of(name))).hexdigest()
+    """sha256 of the file."""
+    return hashlib.sha256(read(file_of(name))).hexdigest()
 
 
-def load(name: str) -> "type[Method]":
-    """The class, its file run under a private module name (once, as long as its content is the same).
-
-    Raises RecipeError for what cannot be read, run, or found in it, or is no method.
-    """
-    from kdcli.methods.base import Method
-
-    path, cls = file_of(name), name.rpartition(":")[2]
-    module = _run(path)
-    own = [
-        key
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
-    ]
-    found = getattr(module, cls, None)
-    if found is None:
-        hint = did_you_mean(cls, own) if own else "It has no class that is a kdcli.methods.Method."
-        raise RecipeError(f"method.name: {path.name} has no class {cls}", hint=hint)
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        methods = f" The methods of {path.name}: {', '.join(own)}." if own else ""
-        raise RecipeError(
-            f"method.name: {path.name}: {cls} is no method", hint=f"class {cls}(kdcli.methods.Method): ...{methods}"
-        )
-    if found.loss is Method.loss:
-        raise RecipeError(f"method.name: {path.name}: {cls} defines no loss", hint="def loss(self, lesson, phase): ...")
-    return found
-
-
-def blame(error: BaseException) -> str:
-    """`my_file.py, line 12, in loss: ` when an error arose in an own method, or in what it called; else nothing."""
-    said, trace = "", error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if str(trace.tb_frame.f_globals.get("__name__", "")).startswith(PRIVATE):
-            within = "" if code.co_name == "<module>" else f", in {code.co_name}"
-            said = f"{Path(code.co_filename).name}, line {trace.tb_lineno}{within}: "
-        trace = trace.tb_next
-    return said
-
-
-def words(error: BaseException) -> str:
-    """An error in one line, with where in an own method it arose."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{blame(error)}{type(error).__name__}{f': {text}' if text else ''}"
-
-
-def _run(path: Path) -> ModuleType:
-    source = _bytes(path)
-    name = PRIVATE + hashlib.sha256(source).hexdigest()[:16]
-    if name in sys.modules:
-        return sys.modules[name]
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    try:
-        code = compile(source, str(path), "exec")
-    except SyntaxError as error:
-        line = f": {error.text.strip()}" if error.text else ""
-        raise RecipeError(f"{path.name}, line {error.lineno}: {error.msg}{line}", hint="Put it right.") from None
-    except ValueError as error:  # a file with null bytes
-        raise RecipeError(f"{path.name} is not Python: {error}") from None
-    sys.modules[name] = module  # before it runs: dataclasses and type hints look their module up
-    try:
-        exec(code, vars(module))
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(
-            f"{path.name} cannot be loaded: {words(error)}", hint=f"`python {path}` shows the whole traceback."
-        ) from None
-    return module
-
-
-def _bytes(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """The file's content. Raises RecipeError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="Check the file's permissions.") from None
+
+
+def blame(error: BaseException) -> str:
+    """`my_file.py, line 12, in loss: ` if the error arose in the user's code or in what it called; else empty."""
+    where, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if str(trace.tb_frame.f_globals.get("__name__", "")).startswith(PRIVATE):
+            within = "" if code.co_name == "<module>" else f", in {code.co_name}"
+            where = f"{Path(code.co_filename).name}, line {trace.tb_lineno}{within}: "
+        trace = trace.tb_next
+    return where
+
+
+def words(error: BaseException) -> str:
+    """An error in one line, with the place in the user's code where it arose."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{blame(error)}{type(error).__name__}{f': {text}' if text else ''}"

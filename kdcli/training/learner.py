@@ -1,60 +1,61 @@
-"""A learner: one student with its method and optimiser, and the step that teaches it (long: the step and what it leaves
-behind belong together)."""
+"""A learner: one student with its method and optimizer, and the step that trains it."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler import Scheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kdcli import methods
-from kdcli.data import Batch, DataSet
-from kdcli.errors import DivergedError, RecipeError, did_you_mean
-from kdcli.mentors.classroom import READ, Classroom, Member
-from kdcli.methods import Lesson, Room, Terms, View
-from kdcli.models import cards, graduates
-from kdcli.models.cards import Card
+from kdcli.data import Batch
+from kdcli.errors import DivergedError
+from kdcli.mentors.classroom import Classroom
+from kdcli.mentors.mentors import rows_of
+from kdcli.methods import Lesson, Need, SetupContext, Terms
+from kdcli.models.member import FEATURES, Member
+from kdcli.models.outputs import Output
 from kdcli.models.taps import is_pre
-from kdcli.recipe import Recipe, TrainConfig
-from kdcli.system import device as devices, distributed, shards
+from kdcli.recipe import Recipe
+from kdcli.system import device as devices, distributed
 from kdcli.system.cuda_graph import Captured
-from kdcli.tasks import Classify
+from kdcli.tasks import TASKS, Score, Task
+from kdcli.tasks.base import plain
 from kdcli.training import schedule
-from kdcli.training.evaluate import Score
-from kdcli.training.meters import Tally
-from kdcli.training.run import Run
-
-GRAPHED = ("sgd", "adam", "adamw")  # optimisers whose fused kernels read their rate from the device
+from kdcli.training.checks import check_graph, check_method, check_task
+from kdcli.training.gather import all_rows
+from kdcli.training.meters import EpochMeter
+from kdcli.training.optim import make_optimizer
+from kdcli.training.out_of_memory import FEWEST, Snapshot, out_of_memory
 
 
 class Learner:
-    """One student with its method and optimiser. Everything random in it is a function of (train.seed, step)."""
+    """One student with its method and optimizer. Everything random in it is a function of (train.seed, step)."""
 
     def __init__(self, name: str, recipe: Recipe, classroom: Classroom, steps_per_epoch: int) -> None:
         self.name, self.recipe, self.classroom = name, recipe, classroom
         self.device, self.config = classroom.device, recipe.train
+        check_task(TASKS[recipe.task], self.config)
         _seed(self.config.seed, self.device)  # for parameters that a method makes, at once or in its setup
         self.method = methods.build(recipe.method.name, recipe.method.options)
-        check_method(self.method, recipe, classroom)
-        mixing = bool(self.config.mixup or self.config.cutmix)
         data = classroom.data
-        self.task = Classify(len(data.classes), 0.0 if mixing else self.config.label_smoothing)
+        check_method(self.method, recipe, data, len(classroom.mentors))
+        mixing = bool(self.config.mixup or self.config.cutmix)  # which smooth the labels themselves
+        self.task: Task = TASKS[recipe.task](len(data.classes), 0.0 if mixing else self.config.label_smoothing)
         self.precision, self.precision_why = devices.precision(self.config.precision, self.device, frozen=False)
         check_graph(self.method, recipe, self.device, self.precision)
         self.generator = torch.Generator(self.device)
         self.student = classroom.student(self.config.seed)
-        self.needs, self.readers = self.method.needs & READ, {"student": self.student}
-        self.method.room = Room(
+        self.needs, self.readers = self.method.needs & FEATURES, {"student": self.student}
+        self.method.context = SetupContext(
             self.student, classroom.mentors, data, self.task, self.config, self.device, classroom.student
         )
-        self.method.setup(self.method.room, self._first_lesson())
+        self.method.setup(self.method.context, self._first_lesson())
         self.method.to(self.device)
         if self.config.sync_bn:
             for module in (self.student, *self.method.learners().values()):
@@ -71,38 +72,33 @@ class Learner:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.now = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
         self.best: dict[str, Any] = {}
-        self.accumulate = self.config.accumulate  # micro-batches per update; more where memory ran out
-        self.fitted: set[tuple[int, ...]] = set()  # phase, micro-batches and images of steps that memory held
-        self.updating = False  # between the gradients and the end of a step: not to be done twice
-        self.trained: dict[str, tuple[Optimizer, Scheduler, GradScaler]] = {}  # what phases of a name go on with
+        self.accumulate = self.config.accumulate  # micro-batches per update; more after an out-of-memory error
+        self.fitted: set[tuple[int, ...]] = set()  # (phase, micro-batches, images) of steps that memory held
+        self.updating = False  # between the gradients and the end of a step, which cannot be undone
+        self.trained: dict[str, tuple[Optimizer, Scheduler, GradScaler]] = {}  # by phase name: what phases share
         self._enter(0)
 
     def _first_lesson(self) -> Lesson | None:
         """One real lesson for methods that size themselves by it."""
-        asked = self.method.needs - {"hard_target", "full_batches", "pairs"}
-        if not asked:
+        if not self.method.needs - {Need.HARD_TARGET, Need.FULL_BATCHES, Need.PAIRS}:
             return None
-        batch = next(self.classroom.data.train.plain(2, self.device))
-        if "two_views" in asked:
-            batch.strong = batch.pixels
+        batch, two = next(self.classroom.data.train.plain(2, self.device)), Need.TWO_VIEWS in self.method.needs
+        batch.strong = batch.images if two else None
         with torch.no_grad():
-            seen = [mentor.see(batch.pixels, self.needs) for mentor in self.classroom.mentors]
-        view = None
-        if seen:
-            vectors = tuple(one.vectors for one in seen) if "pooled" in self.needs else None
-            maps = tuple(one.stages for one in seen) if self.needs & {"maps", "pre"} else None
-            view = View(torch.stack([one.out.float() for one in seen]), vectors, maps)
-            view.strong = replace(view) if "two_views" in asked else None
-        return self.lesson(batch, view, 0.0, 0)
+            mentors = [mentor.see(batch.images, self.needs) for mentor in self.classroom.mentors]
+            mentors = [Output(one.out.float(), one.pooled, one.maps) for one in mentors]
+        for one in mentors:
+            one.strong = Output(one.out, one.pooled, one.maps) if two else None
+        return self.lesson(batch, mentors, 0.0, 0)
 
     def _enter(self, number: int) -> None:
-        """Begin a phase: an optimiser for its learners and the method's own parameters."""
+        """Begin a phase: an optimizer for its learners and the method's own parameters."""
         self.phase_number, self.phase = number, self.phases[number]
         learners = self.method.learners()
-        taught = [learners[name] for name in self.phase.learners]
+        learning = [learners[name] for name in self.phase.learners]
         for module in learners.values():
-            module.requires_grad_(any(module is one for one in taught))
-        parts = nn.ModuleList([*taught, self.method])
+            module.requires_grad_(any(module is one for one in learning))
+        parts = nn.ModuleList([*learning, self.method])
         config, of_name = self.phase.train, [phase for phase in self.phases if phase.name == self.phase.name]
         if self.phase.name not in self.trained:
             optimizer = make_optimizer(parts, config)
@@ -112,18 +108,20 @@ class Learner:
         self.optimizer, self.schedule, self.scaler = self.trained[self.phase.name]
         self.rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
         self.parameters = [p for p in parts.parameters() if p.requires_grad]
-        self.tally, self.first_bad = Tally(), {}
-        self.recorded = Captured(self._learn_tensors, (self.generator,)) if config.cuda_graph else None
+        self.meter, self.first_bad = EpochMeter(), {}
+        self.captured = Captured(self._learn_leaves, (self.generator,)) if config.cuda_graph else None
         self.readers |= {name: module for name, module in learners.items() if isinstance(module, Member)}
         self.forward = {
-            name: distributed.parallel(self.compiled if module is self.student else module, name in self.phase.learners)
+            name: distributed.data_parallel(
+                self.compiled if module is self.student else module, name in self.phase.learners
+            )
             for name, module in self.readers.items()
         }
         averaged = {p for module in self.forward.values() for p in module.parameters()}
         self.replicated = [p for p in self.parameters if p not in averaged]
 
-    def begin_epoch(self, epoch: int, sweep: Callable[["Learner"], Iterator[Lesson]], *, again: bool = False) -> None:
-        """Enter the phase of `epoch` (from 0) and put those who learn in it in training mode.
+    def begin_epoch(self, epoch: int, train_pass: Callable[[], Iterator[Lesson]], *, again: bool = False) -> None:
+        """Enter the phase of `epoch` (from 0) and put its learners in training mode.
 
         `again`: the epoch was begun before the checkpoint that was loaded, which holds what the method did then.
         """
@@ -133,55 +131,106 @@ class Learner:
         if number != self.phase_number:
             self._enter(number)
         before = sum(phase.epochs for phase in self.phases[:number] if phase.name == self.phase.name)
-        self.phase_start = start - before  # as if the phases of this name had been one, with no others in between
+        self.phase_start = start - before  # as if the phases of this name were one, with no others in between
         self.method.train()  # first, for learners may be parts of it
         for name, module in self.method.learners().items():
-            module.train(name in self.phase.learners)  # who does not learn now keeps its batch statistics too
+            module.train(name in self.phase.learners)  # the others keep their batch statistics too
         if not again:
             _seed(_mix(self.config.seed, epoch, 0), self.device)  # steps mix in 1 and more
-            self.method.begin_epoch(epoch, lambda: sweep(self))
+            self.method.begin_epoch(epoch, train_pass)
 
-    def step(self, batch: Batch, taught: View | None, epoch: int, number: int, step: int) -> None:
-        """One update. `number` is the batch's place in the epoch, `step` counts all updates. Nothing is read back."""
-        taught = self._mine(taught)
-        since = (epoch - self.phase_start) * self.steps_per_epoch + number
-        schedule.set_lr(self.schedule, epoch - self.phase_start, since)
-        if self.config.cuda_graph:  # a recorded update reads its rates from where they lay then
+    def step(self, batch: Batch, mentors: list[Output], epoch: int, number: int, step: int) -> str:
+        """One update. `number` is the batch's place in the epoch, `step` counts all updates. Nothing is read back.
+
+        Where memory runs out the step is repeated in micro-batches of half the size, for the rest of the run; returns
+        what to report of that, or nothing. Raises OutOfMemory where that would change the loss, or is no help.
+        """
+        mentors, images, notice = self._select(mentors), len(batch.global_batch.index), ""
+        schedule.set_lr(
+            self.schedule, epoch - self.phase_start, (epoch - self.phase_start) * self.steps_per_epoch + number
+        )
+        if self.config.cuda_graph:  # a captured update reads its rates from these tensors
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate.fill_(group["lr"])
-        _seed(_mix(self.config.seed, step, *distributed.noise()), self.device)
-        self._seed_noise(step)
         self.now.fill_(step)
         self.step_number, self.at = step, epoch + number / self.steps_per_epoch
-        if self.recorded is not None and self.accumulate == 1:  # what was recorded has no parts
-            names = (batch.pixels, batch.target, batch.index, batch.view)
-            self.recorded(*names, *(() if taught is None else (taught.out, *(taught.pooled or ()))))  # pyright: ignore
-        else:
-            self._learn(batch, taught)
-        if self.ema is not None:
-            self.ema.update(self.method.graduate(), step=step)
-        self.tally.images += len(batch.names.index)
-        self.tally.batches += 1
+        while True:
+            size = (self.phase_number, self.accumulate, images)
+            snapshot = None if size in self.fitted else Snapshot([*self.method.learners().values(), self.method])
+            meter = self.meter.state()
+            try:
+                _seed(_mix(self.config.seed, step, *distributed.seed_offset()), self.device)
+                self._seed_noise(step)
+                if self.captured is not None and self.accumulate == 1:  # what was captured has no micro-batches
+                    self._replay(batch, mentors)
+                else:
+                    self._learn(batch, mentors)
+                if self.ema is not None:
+                    self.ema.update(self.method.graduate(), step=step)
+                break
+            except RuntimeError as error:
+                if not devices.out_of_memory(error):
+                    raise
+            # after the except block, since the error keeps the failed step's tensors
+            notice = self._smaller(images, snapshot, meter)
+        self.fitted.add(size)
+        self.meter.batches += 1
         self.updating = False
+        return notice
 
-    def _learn_tensors(self, *given: Tensor) -> None:
-        """`_learn` of a batch's four tensors, the mentors' logits and pooled vectors."""
-        pixels, target, index, view, *answers = given
-        taught = View(answers[0], tuple(answers[1:]) or None) if answers else None
-        self._learn(Batch(pixels, target, index, view), taught)
+    def _smaller(self, images: int, snapshot: Snapshot | None, meter: dict[str, Any]) -> str:
+        """After an out-of-memory error: undo the failed step and halve its micro-batches; returns what to report."""
+        size = -(-images // self.accumulate)
+        if self.updating:
+            what, cure = "in the optimizer's update", "--set train.optimizer=sgd keeps one number per weight, adamw two"
+            raise out_of_memory(self.name, what, self.device, f"{cure}; or a smaller student.")
+        if self.needs_full_batch or not distributed.alone():
+            couples = f" Method {self.recipe.method.label} couples the samples of a batch, so it cannot be split."
+            cure = f"--set train.batch_size={max(images // 2, 1)} or a smaller one."
+            what = f"in a step of {images} images"
+            raise out_of_memory(self.name, what, self.device, cure + (couples if self.needs_full_batch else ""))
+        if size < 2 * FEWEST:
+            cure = f"Not even {size} images fit: a smaller student or image size, or fewer mentors."
+            raise out_of_memory(self.name, f"in a step of {size} images", self.device, cure)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.load(meter, self.device)
+        if snapshot is not None:
+            snapshot.restore()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.accumulate *= 2
+        return (
+            f"{self.name}: out of memory, so batches of {images} are trained in {self.accumulate} micro-batches of "
+            f"{-(-images // self.accumulate)} from here on (train.accumulate = {self.accumulate}); gradients stay "
+            "those of the whole batch, batch-norm statistics are now the micro-batches'"
+        )
 
-    def _learn(self, batch: Batch, taught: View | None) -> None:
-        """The arithmetic of a step: forward, loss, backward, optimiser."""
-        count = len(batch.names.index)
+    def _replay(self, batch: Batch, mentors: list[Output]) -> None:
+        """`_learn` as a CUDA graph, which takes and keeps tensors alone."""
+        assert self.captured is not None
+        leaves, self._spec = tree_flatten(((batch.images, batch.target, batch.index, batch.view), mentors))
+        self._present = [leaf is not None for leaf in leaves]
+        self.captured(*(leaf for leaf in leaves if leaf is not None))
+
+    def _learn_leaves(self, *tensors: Tensor) -> None:
+        """`_learn` of a batch's four tensors and the mentors' outputs, given as tensors alone."""
+        given = iter(tensors)
+        fields, mentors = tree_unflatten([next(given) if there else None for there in self._present], self._spec)
+        self._learn(Batch(*fields), mentors)
+
+    def _learn(self, batch: Batch, mentors: list[Output]) -> None:
+        """The arithmetic of a step: forward, loss, backward, optimizer."""
+        count = len(batch.global_batch.index)
         size = -(-count // self.accumulate)
         self.optimizer.zero_grad(set_to_none=True)
         lesson = None
-        for part_number, lo in enumerate(range(0, count, size)):
-            part, answers = take(batch, taught, slice(lo, lo + size))
-            with distributed.quiet(self.forward, last=lo + size >= count):
-                share = len(part.names.index) / count
-                lesson = self.gradients(part, answers, self.at, self.step_number, part_number, share)
-        distributed.even_out(self.forward, self.replicated, batch)
+        for part_number, start in enumerate(range(0, count, size)):
+            end = min(start + size, count)
+            part, outputs = batch.micro(start, end), rows_of(mentors, slice(start, end))
+            with distributed.no_sync(self.forward, last=end >= count):
+                lesson = self._add_gradients(part, outputs, part_number, (end - start) / count)
+        if batch.whole is not None:
+            distributed.sync_stats_and_grads(self.forward, self.replicated, len(batch.index) / batch.whole.size)
         self.updating = True
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
@@ -191,68 +240,66 @@ class Learner:
         assert lesson is not None
         self.method.after(lesson)
 
-    def gradients(self, part: Batch, answers: View | None, at: float, step: int, number: int, share: float) -> Lesson:
-        """Add a micro-batch's `share` of the gradient and of the tally; `number` is its place in the batch."""
-        # compiled for whole batches only, so that the short last one compiles nothing anew
-        whole = len(part.names.index) == self.config.batch_size // self.config.accumulate
+    def _add_gradients(self, part: Batch, mentors: list[Output], number: int, share: float) -> Lesson:
+        """Add a micro-batch's `share` of the gradient and of the meter; `number` is its place in the batch."""
+        # compiled for whole batches only, so that the short last one is not compiled again
+        whole = len(part.global_batch.index) == self.config.batch_size // self.config.accumulate
         with torch.autocast(self.device.type, devices.dtype_of(self.precision), enabled=self.precision != "fp32"):
-            own = {name: self._forward(name, part.pixels, whole) for name in self.forward}
-            for name, view in own.items():
-                strong = part.strong if "two_views" in self.method.needs else None  # else it is a neighbour's
-                view.strong = None if strong is None else self._forward(name, strong, whole)
-        views = {name: shards.whole(view, part) for name, view in own.items()}
+            own = {name: self._forward(name, part.images, whole) for name in self.forward}
+            for name, output in own.items():
+                strong = part.strong if Need.TWO_VIEWS in self.method.needs else None  # or another learner needs it
+                output.strong = None if strong is None else self._forward(name, strong, whole)
+        outputs = own if part.whole is None else all_rows(own, part.whole.layout)
         if number:  # micro-batches draw different noise
-            self._seed_noise(step, number)
-        lesson = self._lesson(part, views, answers, at, step)
+            self._seed_noise(self.step_number, number)
+        lesson = self._lesson(part, outputs, mentors, self.at, self.step_number)
         terms = self.method.loss(lesson, self.phase)
         self.scaler.scale(sum(terms.values(), torch.zeros((), device=self.device)) * share).backward()
         self._note(lesson, terms, share)
         return lesson
 
-    def _forward(self, name: str, pixels: Tensor, whole: bool) -> View:
-        """A learner's answer."""
+    def _forward(self, name: str, images: Tensor, whole: bool) -> Output:
+        """A learner's output."""
         eager = name == "student" and not whole and distributed.alone()
         module = self.student if eager else self.forward[name]
         if not self.needs:
-            return View(module(pixels))
-        out, maps, pooled = module(pixels, self.needs)
-        return View(out, pooled, maps)
+            return Output(module(images))
+        out, maps, pooled = module(images, self.needs)
+        return Output(out, pooled, maps)
 
     @property
-    def coupled(self) -> bool:
-        """Whether a micro-batch would be another batch to the method's equation."""
-        return "full_batches" in self.method.needs
-
-    def look(self, batch: Batch) -> View:
-        """The student's answer to a batch that teaches it nothing."""
-        return self._look(self.student, batch)
+    def needs_full_batch(self) -> bool:
+        """True if the loss couples samples, so that gradient accumulation would change it."""
+        return Need.FULL_BATCHES in self.method.needs
 
     @torch.no_grad()
-    def _look(self, member: Member, batch: Batch) -> View:
-        """A learner's answer in eval mode, without gradient; its mode is put back."""
+    def eval_forward(self, member: Member, batch: Batch) -> Output:
+        """Forward in eval mode without gradient; restores the mode."""
         training = member.training
-        view = member.eval().see(batch.pixels, self.needs)
-        strong = batch.strong if "two_views" in self.method.needs else None
-        view.strong = None if strong is None else member.see(strong, self.needs)
+        output = member.eval().see(batch.images, self.needs)
+        strong = batch.strong if Need.TWO_VIEWS in self.method.needs else None
+        output.strong = None if strong is None else member.see(strong, self.needs)
         member.train(training)
-        return view
+        return output
 
-    def lesson(self, batch: Batch, mentors: View | None, epoch: float, step: int) -> Lesson:
-        """A lesson that teaches the student nothing: its answer in eval mode, without gradient."""
+    def lesson(self, batch: Batch, mentors: list[Output], epoch: float, step: int) -> Lesson:
+        """A lesson from which nothing is learned: outputs in eval mode, without gradient."""
         self._seed_noise(step)
-        views = {name: self._look(one, batch) for name, one in self.readers.items()}
-        return self._lesson(batch, views, self._mine(mentors), epoch, step)
+        outputs = {name: self.eval_forward(one, batch) for name, one in self.readers.items()}
+        return self._lesson(batch, outputs, self._select(mentors), epoch, step)
 
-    def _mine(self, mentors: View | None) -> View | None:
-        """Of the mentors' answer what this learner would be given if it were alone."""
-        view = mentors.deep if mentors is not None and mentors.deep is not None and self.needs else mentors
-        if view is None or not isinstance(view.maps, tuple) or "pre" in self.needs:
-            return view
-        return replace(view, maps=tuple({tap: x for tap, x in each.items() if not is_pre(tap)} for each in view.maps))
+    def _select(self, mentors: list[Output]) -> list[Output]:
+        """The mentor outputs this learner asked for, identical to a run without other learners."""
+        if Need.PRE in self.needs or not any(one.maps for one in mentors):
+            return mentors
+        stages = [{tap: x for tap, x in (one.maps or {}).items() if not is_pre(tap)} for one in mentors]
+        return [Output(one.out, one.pooled, maps, one.strong) for one, maps in zip(mentors, stages, strict=True)]
 
-    def _lesson(self, batch: Batch, views: dict[str, View], mentors: View | None, epoch: float, step: int) -> Lesson:
-        student, names = views["student"], batch.names
-        return Lesson(names.target, names.index, epoch, step, self.task, self.generator, student, views, mentors)
+    def _lesson(
+        self, batch: Batch, outputs: dict[str, Output], mentors: list[Output], epoch: float, step: int
+    ) -> Lesson:
+        student, names = outputs["student"], batch.global_batch
+        return Lesson(names.target, names.index, epoch, step, self.task, self.generator, student, outputs, mentors)
 
     def _seed_noise(self, step: int, part: int = 0) -> None:
         self.generator.manual_seed(_mix(self.config.seed, step, 1 + part))
@@ -262,14 +309,13 @@ class Learner:
         for name, value in terms.items():
             bad = torch.where(torch.isfinite(value.detach()), math.inf, self.now)
             known = self.first_bad.setdefault(name, bad.clone())
-            torch.minimum(known, bad, out=known)  # in place: a recorded step writes where it wrote before
-        right = self.task.metrics(lesson.student.out, lesson.target)["top1"]
-        self.tally.add({"right": right})
-        self.tally.add({f"term/{name}": value * share for name, value in terms.items()})
-        self.tally.add({f"note/{name}": value * share for name, value in lesson.notes.items()})
+            torch.minimum(known, bad, out=known)  # in place: a captured step writes where it wrote before
+        self.meter.add({f"sum/{name}": x for name, x in self.task.sums(lesson.student.out, lesson.target).items()})
+        self.meter.add({f"term/{name}": value * share for name, value in terms.items()})
+        self.meter.add({f"note/{name}": value * share for name, value in lesson.notes.items()})
 
     def check(self) -> None:
-        """Raise DivergedError if a term was not a number since the last look; waits for the device."""
+        """Raise DivergedError if a term was not finite since the last check; waits for the device."""
         bad = {name: int(step) for name, value in self.first_bad.items() if math.isfinite(step := value.item())}
         if bad:
             term, step = min(bad.items(), key=lambda item: item[1])
@@ -281,7 +327,7 @@ class Learner:
             )
 
     def check_weights(self) -> None:
-        """Raise DivergedError if the weights are not all numbers: a finite loss may end in an update that is not."""
+        """Raise DivergedError unless all weights are finite: a finite loss may end in an update that is not."""
         if not all(bool(torch.isfinite(p).all()) for p in self.parameters):
             raise DivergedError(
                 f"{self.name}: the weights stopped being finite numbers in the last update",
@@ -296,23 +342,35 @@ class Learner:
         """A copy of the graduate's weights, on the CPU, under the names it ships with."""
         return {name: value.detach().to("cpu", copy=True) for name, value in self.graduate().net.state_dict().items()}
 
-    def row(self, epoch: int, result: dict[str, Score]) -> dict[str, Any]:
-        """The metrics of an epoch (counted from 1) under the names they are plotted by; starts a new tally."""
-        means = self.tally.means()
+    def training_score(self) -> Score:
+        """The task's metrics over the training batches of this epoch so far; waits for the device."""
+        return self.task.score(plain(self.meter.totals("sum/")))
+
+    def note_best(self, epoch: int, chosen: float, test: Score, keep_weights: bool) -> None:
+        """Remember an epoch (counted from 1) if its `chosen` figure is the best so far, with its weights if asked."""
+        sign = 1 if test.primary.higher else -1
+        if sign * chosen > sign * self.best.get("chosen", -sign * math.inf):
+            self.best = {"epoch": epoch, "chosen": chosen, "score": dict(test)}
+            if keep_weights:  # the test set only reports, so only a held-out slice may choose what is kept
+                self.best["weights"] = self.weights()
+
+    def row(self, epoch: int, scores: dict[str, Score]) -> dict[str, Any]:
+        """The metrics of an epoch (counted from 1) under the names they are plotted by; clears the meter."""
         row: dict[str, Any] = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-        row["train/top1"] = 100 * means.pop("right") * self.tally.batches / max(self.tally.images, 1)
+        primary, terms = self.task.metrics[0], self.meter.means("term/")
+        row[f"train/{primary.name}"] = self.training_score().value
+        row["train/loss"] = sum(terms.values())
+        row |= {f"loss/{name}": value for name, value in terms.items()}
         models = ["student", *(member.name for member in self.classroom.mentors)]
-        row["train/loss"] = sum(value for name, value in means.items() if name.startswith("term/"))
-        for name, value in means.items():
-            kind, _, short = name.partition("/")
+        for name, value in self.meter.means("note/").items():
             if isinstance(value, list):
                 who = models if len(value) == len(models) else models[1:]
-                row |= {f"{short}/{model}": number for model, number in zip(who, value, strict=True)}
+                row |= {f"{name}/{model}": number for model, number in zip(who, value, strict=True)}
             else:
-                row[f"loss/{short}" if kind == "term" else short] = value
-        for split, s in result.items():
-            row |= {f"{split}/top1": s.top1, f"{split}/top5": s.top5, f"{split}/loss": s.loss}
-        self.tally.clear()
+                row[name] = value
+        for split, found in scores.items():
+            row |= {f"{split}/{metric}": value for metric, value in found.items()}
+        self.meter.clear()
         return row
 
     def state(self) -> dict[str, Any]:
@@ -325,15 +383,15 @@ class Learner:
             },
             "ema": self.ema.state_dict() if self.ema is not None else {},
             "phase": self.phase_number,
-            "tally": self.tally.state(),
+            "meter": self.meter.state(),
             "best": self.best,
             "accumulate": self.accumulate,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from `state()`. Raises RuntimeError/KeyError when it belongs to another recipe."""
+        """Continue from `state()`. Raises RuntimeError or KeyError when it belongs to another recipe."""
         for number in range(state["phase"] + 1 if state["phase"] != self.phase_number else 0):
-            self._enter(number)  # one after the other, for each may have an optimiser of its own
+            self._enter(number)  # in order, for each may have an optimizer of its own
         self.method.load_state_dict(state["method"])
         for name, module in self.method.learners().items():
             module.load_state_dict(state["learners"][name])
@@ -343,130 +401,8 @@ class Learner:
             scaler.load_state_dict(kept["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.tally.load(state["tally"], self.device)
+        self.meter.load(state["meter"], self.device)
         self.best, self.accumulate = state["best"], state["accumulate"]
-
-
-def keep(run: Run, stem: str, learner: Learner, epoch: int, top1: float, state: dict[str, Tensor]) -> None:
-    """Write a graduate's `weights` as `stem`.safetensors with its card beside it."""
-    cards.save(run.path, stem, state, card(learner.graduate(), learner.classroom.data, epoch, top1, str(run.path)))
-
-
-def card(member: Member, data: DataSet, epoch: int | None, top1: float, origin: str) -> Card:
-    """The card that says what a trained network is and how it wants its input."""
-    return Card(
-        path=None,
-        name=f"{member.name} on {data.name}",
-        architecture=member.architecture.full,
-        dataset=data.name,
-        data_hash=data.hash,
-        num_classes=len(data.classes),
-        classes=data.classes,
-        image_size=member.input_size,
-        mean=member.mean,
-        std=member.std,
-        interpolation=member.interpolation,
-        top1=round(top1, 4),
-        origin=origin,
-        created=cards.stamp(),
-        epoch=epoch,
-        params=sum(p.numel() for p in member.net.parameters()),
-        graduate=graduates.told(member.net),
-    )
-
-
-def check_method(method: methods.Method, recipe: Recipe, classroom: Classroom) -> None:
-    """Refuse, before anything is trained, settings that the method's equation cannot mean."""
-    name = recipe.method.label
-    if len(classroom.mentors) < method.teachers:
-        raise RecipeError(
-            f"method {name} learns from mentors, and {len(classroom.mentors) or 'none'} is named, where it needs "
-            f"{method.teachers}",
-            hint="Add --teacher NAME (and --peers A,B).",
-        )
-    if "hard_target" in method.needs and (recipe.train.mixup or recipe.train.cutmix):
-        raise RecipeError(
-            f"method {name} marks answers by one true class, which mixup and cutmix take away",
-            hint="--set train.mixup=0 --set train.cutmix=0, or a method without marks (kd, aver).",
-        )
-    mixing = recipe.train.mixup or recipe.train.cutmix
-    if method.needs & {"index", "two_views"} and mixing:
-        what = "remembers single images by their number" if "index" in method.needs else "reads each image twice"
-        raise RecipeError(
-            f"method {name} {what}, and mixup and cutmix make one of two",
-            hint="--set train.mixup=0 --set train.cutmix=0",
-        )
-    few, left = recipe.train.batch_size // recipe.train.accumulate, len(classroom.data.train) % recipe.train.batch_size
-    if "pairs" in method.needs and (few < 2 or (left == 1 and not recipe.train.drop_last)):
-        where = "the last batch of an epoch" if few >= 2 else "a batch"
-        raise RecipeError(
-            f"method {name} compares the images of a batch, and {where} is one image "
-            f"({len(classroom.data.train)} images in batches of {recipe.train.batch_size})",
-            hint="--set train.drop_last=true"
-            if few >= 2
-            else "A larger --set train.batch_size, and train.accumulate=1.",
-        )
-    if recipe.classroom.bank and method.teachers and method.needs & {"maps", "pre", "two_views"}:
-        raise RecipeError(
-            f"classroom.bank: method {name} reads its mentors' intermediate maps or a second view, and a bank "
-            "keeps logits (and pooled vectors) of one",
-            hint="--set classroom.bank=false",
-        )
-    if recipe.classroom.bank and method.teachers and "pooled" in method.needs and not recipe.classroom.bank_pooled:
-        raise RecipeError(
-            f"classroom.bank: method {name} reads its mentors' pooled features, which this bank leaves out",
-            hint="--set classroom.bank_pooled=true, or --set classroom.bank=false.",
-        )
-    if "full_batches" in method.needs and recipe.train.accumulate > 1:
-        raise RecipeError(
-            f"train.accumulate = {recipe.train.accumulate}: method {name} looks at a whole batch at once, and "
-            "micro-batches would be other batches",
-            hint="--set train.accumulate=1" + (", or --set method.ranking=sample." if name == "classroom" else ""),
-        )
-
-
-def check_graph(method: methods.Method, recipe: Recipe, device: torch.device, precision: str) -> None:
-    """Refuse to record a step as a CUDA graph where it would not be the same arithmetic every time."""
-    train = recipe.train
-    reasons = {
-        f"{device.type} has none": device.type != "cuda",
-        "fp16 skips updates": precision == "fp16",
-        f"train.accumulate = {train.accumulate} seeds in between": train.accumulate > 1,
-        f"train.optimizer = {train.optimizer!r} is not sgd, adam or adamw": train.optimizer not in GRAPHED,
-        f"method {recipe.method.label} counts steps on the host": not method.capturable,
-        "several ranks exchange answers within a step": not distributed.alone(),
-        f"method {recipe.method.name} reads intermediate maps or two views": bool(
-            method.needs & {"maps", "pre", "two_views"}
-        ),
-    }
-    if train.cuda_graph and (why := [reason for reason, true in reasons.items() if true]):
-        raise RecipeError(f"train.cuda_graph: {'; '.join(why)}", hint="--set train.cuda_graph=false")
-
-
-def make_optimizer(parts: nn.Module, config: TrainConfig) -> Optimizer:
-    """timm's optimiser over what may learn in `parts`. Raises RecipeError for one it cannot make."""
-    try:
-        return create_optimizer_v2(
-            parts,
-            opt=("sgd" if config.nesterov else "momentum") if config.optimizer == "sgd" else config.optimizer,
-            lr=schedule.base_lr(config),
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            filter_bias_and_bn=not config.decay_norm_and_bias,
-            **({"fused": True} if config.cuda_graph else {}),  # pyright: ignore[reportArgumentType]
-        )
-    except ValueError as error:
-        known = [str(name) for name in list_optimizers()]
-        raise RecipeError(
-            f"train.optimizer = {config.optimizer!r}: {error}", hint=did_you_mean(config.optimizer, known)
-        ) from None
-
-
-def take(batch: Batch, taught: View | None, rows: slice) -> tuple[Batch, View | None]:
-    """Some rows of a batch, with the mentors' answers to them."""
-    if rows.start == 0 and rows.stop >= len(batch.names.index):
-        return batch, taught
-    return shards.micro(batch, rows.start, rows.stop), None if taught is None else taught.of_mentors(rows)
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -477,7 +413,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 
 def _mix(*parts: int) -> int:
-    """One 63-bit seed out of several numbers (the finaliser of splitmix64)."""
+    """One 63-bit seed from several numbers (the finaliser of splitmix64)."""
     state = 0
     for part in parts:
         state = (state + part + 0x9E3779B97F4A7C15) & (2**64 - 1)

@@ -18,8 +18,9 @@ from typing import Any
 from kdcli import recipe as recipes
 from kdcli.errors import InterruptedRun, RecipeError, WeightsError, did_you_mean
 from kdcli.recipe import Recipe
-from kdcli.system import lock, user_code
-from kdcli.system.files import append_line, seal, sealed, sweep, write_atomic, write_text
+from kdcli.system import distributed, lock, user_code
+from kdcli.system.files import append_line, is_whole_zip, remove_stale, write_atomic, write_text
+from kdcli.tasks import TASKS, Metric
 
 ROOT = Path("runs")
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")
@@ -54,7 +55,20 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do: the score is the last thing a run writes, the table a compare's."""
-        return "top1" in self.provenance or (self.path / "compare.json").is_file()
+        facts = self.provenance  # runs of earlier versions say it by their best epoch
+        return bool(facts.get("finished", "best_epoch" in facts)) or (self.path / "compare.json").is_file()
+
+    @property
+    def metric(self) -> Metric:
+        """The primary metric of the run's task."""
+        return TASKS[self.recipe.task].metrics[0]
+
+    @property
+    def score(self) -> dict[str, float]:
+        """The shipped student's metrics on the test set; empty for a run that is not finished."""
+        facts = self.provenance
+        earlier = {self.metric.name: facts[self.metric.name]} if self.metric.name in facts else {}
+        return facts.get("score", earlier)
 
     @property
     def done(self) -> bool:
@@ -74,8 +88,8 @@ class Run:
         """Lay the folder out. Raises RecipeError when it already holds a run.
 
         From its first file on the run can be resumed: the provenance holds the recipe too. Its `number` is larger than
-        that of any run beside it, so that the newest is known whatever the clock says. The files of own methods are
-        copied, and the recipe that is kept names the copies.
+        that of any run in the same folder, so that the newest is known whatever the clock says. The
+        user's methods are copied, and the recipe that is kept names the copies.
         """
         self.check_free()
         for label, name in recipe.own_methods().items():
@@ -87,9 +101,9 @@ class Run:
         write_text(self.path / "provenance.json", json.dumps(facts, indent=1))
         write_text(self.path / "recipe.toml", recipe.toml())
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Put right what a kill left of a folder's beginning or of a file half written."""
-        sweep(self.path)
+        remove_stale(self.path)
         if self.begun and not (self.path / "recipe.toml").is_file():
             write_text(self.path / "recipe.toml", self.recipe.toml())
 
@@ -114,14 +128,13 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """The folder for this process alone. Raises LockedError when another writes into it.
+        """Lock the folder for this process. Raises LockedError when another process writes to it.
 
-        An interruption outside the engine's loop, which saves for itself, says how to go on.
+        Turns a KeyboardInterrupt outside the training loop (which saves by itself) into an InterruptedRun that says how
+        to continue.
         """
-        from kdcli.system import distributed
-
         with contextlib.ExitStack() as stack:
-            distributed.first(lambda: stack.enter_context(lock.hold(self.path)))  # one rank writes for all
+            distributed.on_rank0(lambda: stack.enter_context(lock.hold(self.path)))  # only rank 0 writes
             try:
                 yield
             except KeyboardInterrupt:
@@ -164,12 +177,8 @@ class Run:
         """
         import torch
 
-        def write(temporary: Path) -> None:
-            torch.save(state, temporary)
-            seal(temporary)
-
         last, previous = (self.path / name for name in CHECKPOINTS)
-        write_atomic(last, write, before=previous)
+        write_atomic(last, lambda temporary: torch.save(state, temporary), before=previous)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The newest good checkpoint, on the CPU; when that is not last.ckpt, its "notice" says why.
@@ -246,8 +255,8 @@ def find(name: str | None, *, learner: bool = True) -> Run:
         hits = [Run(path) for path in tries if (path / "provenance.json").is_file()]
         if not hits and any((path / lock.NAME).is_file() for path in tries):
             raise RecipeError(
-                f"{name} was stopped before anything of it was written",
-                hint="Nothing is lost: type the command that began it again.",
+                f"{name} was stopped before it wrote anything",
+                hint="Nothing is lost: run the same command again.",
             )
         if not hits:
             known = [run.name for run in every()]
@@ -296,7 +305,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     """A checkpoint, or None and what is wrong with it."""
     import torch
 
-    if not sealed(path):
+    if not is_whole_zip(path):
         return None, f"{path} is truncated or not a kdcli checkpoint"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

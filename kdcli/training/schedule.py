@@ -33,13 +33,13 @@ def build(optimizer: Optimizer, config: TrainConfig, epochs: int, steps_per_epoc
 
     crd: lr, then x0.1 after epochs 150, 180 and 210 of 240. classroom: what the ClassroomKD code's "120-epoch warm-up"
     comes to, a linear fall from lr to lr / 5 during epochs 1-120, flat to 150, then as crd (papers.md section 2.2).
-    cosine, tanh and poly change at every update, the others once an epoch. With `cycles` cosine starts anew (DiSK).
+    cosine, tanh and poly change at every update, the others once an epoch. With `cycles` cosine restarts (DiSK).
     Raises RecipeError for an unknown name.
     """
     name = config.schedule
     if config.cycles > 1 and name != "cosine":
         raise RecipeError(
-            f'train.cycles = {config.cycles}: only schedule = "cosine" starts anew, not {name!r}',
+            f'train.cycles = {config.cycles}: only schedule = "cosine" restarts, not {name!r}',
             hint="Leave the key out, or --set train.schedule=cosine.",
         )
     warm = (config.warmup_epochs, config.warmup_lr)

@@ -1,37 +1,38 @@
-"""Methods side by side: one stream, one answer of the mentors, every learner trained as if it were alone.
+"""Methods side by side: one stream, one call of the mentors a batch, every learner trained as if it were alone.
 
-A method whose mentors must be trained first (takd, dgkd, a recipe's stages) has a classroom of its own: its learners
-come after those that share one, each by itself, from the same stream of pictures.
+A method whose mentors must be trained first (takd, dgkd, a recipe's stages) has a classroom that no other can share:
+its learners come after those that share one, each by itself, on the same stream of images.
 """
 
+import contextlib
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from kdcli.errors import InterruptedRun, RecipeError
+from kdcli import methods as known
+from kdcli.errors import RecipeError
 from kdcli.mentors.classroom import Classroom
-from kdcli.recipe import STAGE, Recipe, staged as stages_of
+from kdcli.recipe import STAGE, Recipe, staged
 from kdcli.system import distributed, files, user_code
+from kdcli.tasks import TASKS, Metric
 from kdcli.training import run as runs
-from kdcli.training.loop import Event, Session
 from kdcli.training.run import Run
-from kdcli.workflows import distill, stages
-from kdcli.workflows.stages import Follow
+from kdcli.workflows import distill, groups, quickstart_mentors, stages
+from kdcli.workflows.groups import Follow, Group
 
 CONTROL = "nokd"
 
 
 @dataclass
 class Line:
-    """One method's row: percent and percentage points."""
+    """One method's row: the metric's unit, gains in points of it."""
 
     method: str
     seeds: list[int]
-    top1: list[float]  # each seed's, of what would be shipped
+    values: list[float]  # each seed's primary metric, of what would ship
     best: list[float]
     mean: float
     spread: float | None  # standard deviation over seeds; None for one seed
@@ -45,51 +46,104 @@ class Line:
 
 @dataclass
 class Comparison:
-    """What a compare found."""
+    """The result of a compare."""
 
     lines: list[Line]
+    metric: Metric
     runs: dict[str, str] = field(default_factory=dict)  # learner -> folder
     source: str = ""  # of the published figures
     epoch: str = ""  # which epoch they report
+    run: str = ""  # the compare's folder
+    stands_for: str = ""  # the learner that is meant where one run is: the recipe's method, first seed, never the best
 
     def line(self, method: str) -> Line:
         return next(line for line in self.lines if line.method == method)
 
     def json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(self.table(), indent=1)
+
+    def table(self) -> dict[str, Any]:
+        """As plain data; each line's values also under the metric's name."""
+        lines = [{**asdict(line), self.metric.name: line.values} for line in self.lines]
+        return {**asdict(self), "lines": lines}
 
 
 def learners(recipe: Recipe, methods: list[str], seeds: list[int]) -> dict[str, Recipe]:
-    """A recipe for every method and seed, the control first, each as its own `distill` would run it."""
-    names = called(methods)
+    """A recipe for every method and seed, the control first, each as a `distill` of it alone would run it."""
     return {
         f"{label}-{seed}": recipe.with_method(name).with_(**{"train.seed": seed})
-        for label, name in names.items()
+        for label, name in folder_names(methods).items()
         for seed in seeds
     }
 
 
-def called(methods: list[str]) -> dict[str, str]:
+def folder_names(methods: list[str]) -> dict[str, str]:
     """The control and the methods by the name their folders have. Raises RecipeError where two have the same."""
     names: dict[str, str] = {}
     for method in dict.fromkeys([CONTROL, *methods]):
         label = user_code.label(method)
         if twin := next((one for one in names if one.lower() == label.lower()), None):  # some disks ignore case
             raise RecipeError(
-                f"--methods: {names[twin]} and {method} would both go by the name of {twin}",
+                f"--methods: {names[twin]} and {method} would both have the name {twin}",
                 hint="Give one of the classes another name.",
             )
         names[label] = method
     return names
 
 
-def parted(recipes: dict[str, Recipe]) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
+def split_by_stages(recipes: dict[str, Recipe]) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
     """The learners that can share one classroom, and those whose mentors must be trained first."""
     later = {name for name, one in recipes.items() if stages.plan(one).stages}
     return (
         {name: one for name, one in recipes.items() if name not in later},
         {name: one for name, one in recipes.items() if name in later},
     )
+
+
+def compare(
+    recipe: Recipe,
+    methods: list[str],
+    seeds: list[int],
+    device: torch.device,
+    follow: Follow,
+    *,
+    independent: bool = False,
+    out: str | None = None,
+) -> Comparison:
+    """Train every method and the control with every seed, and write compare.json.
+
+    Args:
+        methods: by name, or `file.py:Class`.
+        follow: shows what was chosen for each classroom and runs its training to the end.
+        independent: every seed also has its own stream of images (data.seed = train.seed).
+        out: the compare's folder; default: a new one under runs/.
+
+    Raises:
+        KdcliError: with nothing written, for whatever would stop a training before its first step.
+    """
+    groups.check_expect(recipe)
+    for name in methods:
+        known.find(recipe.with_method(name).method.name)
+    run = distill.run_folder(out, recipe, "compare")
+    quickstart_mentors.prepare(recipe, device, follow)
+    check(recipe, methods, seeds, device)
+    return _train(recipe, methods, seeds, device, follow, run, independent=independent)
+
+
+def resume(run: Run, device: torch.device, follow: Follow) -> Comparison:
+    """Continue a compare where it was stopped."""
+    facts = run.provenance
+    return _train(
+        run.recipe, methods_to_resume(run), facts["train_seeds"], device, follow, run,
+        independent=facts["independent"], resume=True,
+    )  # fmt: skip
+
+
+def methods_to_resume(run: Run) -> list[str]:
+    """The methods of a compare that is resumed; a user's own are named by the run's copies of their files."""
+    kept: dict[str, str] = run.recipe.own_methods()
+    labels: list[str] = run.provenance["methods"]
+    return [kept.get(label, label) for label in labels]
 
 
 def check(recipe: Recipe, methods: list[str], seeds: list[int], device: torch.device) -> None:
@@ -99,183 +153,110 @@ def check(recipe: Recipe, methods: list[str], seeds: list[int], device: torch.de
             f"classroom.student = {recipe.classroom.student!r}: a compare's control would have to wait for that stage",
             hint="Train it by itself and name its run: ARCHITECTURE@RUN.",
         )
-    _, later = parted(learners(recipe, methods, seeds[:1]))
+    _, later = split_by_stages(learners(recipe, methods, seeds[:1]))
     if later:
-        data = distill.data_of(recipe, device)
+        data = groups.data_of(recipe, device)
         for one in later.values():
             stages.check(stages.plan(one), data, device)
 
 
-def open_room(recipe: Recipe, device: torch.device) -> Classroom:
-    """The classroom that learners share; without mentors where those are a stage's graduates."""
-    if stages_of(recipe.classroom):
-        alone = recipe.with_(**{"stage": [], "classroom.teacher": None, "classroom.peers": []})
-        return distill.open_room(alone, device)[1]
-    return distill.open_room(recipe, device)[1]
+def _train(
+    recipe: Recipe, methods: list[str], seeds: list[int], device: torch.device, follow: Follow, run: Run, *,
+    independent: bool, resume: bool = False,
+) -> Comparison:  # fmt: skip
+    """Train the groups of learners that have not finished yet, and write the table."""
+    streams = [(recipe, seeds, run)]  # each with the seeds that share it, and the folder of their checkpoint
+    if independent:
+        streams = [(recipe.with_(**{"data.seed": one}), [one], Run(run.path / f".seed-{one}")) for one in seeds]
+    with groups.resumable("compare", run), contextlib.ExitStack() as stack:
+        if resume:
+            stack.enter_context(run.writing())
+            distributed.on_rank0(run.repair)
+
+        def train_shared(config: Recipe, numbers: list[int], checkpoints: Run, first: bool) -> None:
+            """The learners of a stream that share a classroom."""
+            shared, _ = split_by_stages(learners(config, methods, numbers))
+            label = f"{len(shared)} student{'s' if len(shared) > 1 else ''}"
+            label = f"seed {numbers[0]}: {label}" if independent else label
+            group = Group(label, shared, checkpoints, {name: Run(run.path / name) for name in shared}, record=run)
+
+            def begin(classroom: Classroom) -> None:
+                if first and not resume:
+                    stack.enter_context(run.writing())
+                    distributed.on_rank0(lambda: _lay_out(run, classroom, recipe, methods, seeds, independent))
+                distributed.on_rank0(lambda: files.make_folder(checkpoints.path))
+
+            done, begun = distributed.on_rank0(lambda: (group.done, resume and checkpoints.path.is_dir()))
+            if not done:
+                groups.train_group(group, _shared_classroom(config, device), follow, resume=begun, begin=begin)
+            if independent:
+                distributed.on_rank0(lambda: checkpoints.path.is_dir() and checkpoints.remove())
+
+        def train_with_stages(name: str, one: Recipe) -> None:
+            folder = Run(run.path / name)
+            if not distributed.on_rank0(lambda: folder.done):
+                stages.train(one, folder, device, groups.labelled(follow, f"{name}: "))
+
+        for n, stream in enumerate(streams):
+            train_shared(*stream, first=n == 0)
+        for config, numbers, _ in streams:
+            for name, one in split_by_stages(learners(config, methods, numbers))[1].items():
+                train_with_stages(name, one)
+        distributed.on_rank0(lambda: files.write_text(run.path / "compare.json", summarise(run).json()))
+    return distributed.on_rank0(lambda: summarise(run))
 
 
-def open_session(recipe: Recipe, methods: list[str], seeds: list[int], classroom: Classroom, run: Run) -> Session:
-    """The learners that share a classroom over one stream, each with its own folder inside the compare's."""
-    recipes, _ = parted(learners(recipe, methods, seeds))
-    return distill.open_session(recipes, classroom, run, {name: Run(run.path / name) for name in recipes})
-
-
-def start(session: Session, classroom: Classroom, recipe: Recipe, methods: list[str], seeds: list[int]) -> None:
-    """Lay out the compare's folder and every learner's inside it."""
-    _lay_out(session.run, classroom, recipe, methods, seeds, independent=False)
-    _lay_out_learners(session, classroom)
+def _shared_classroom(recipe: Recipe, device: torch.device) -> Classroom:
+    """The classroom that learners share; without mentors where stages train them, since only the control is left."""
+    if staged(recipe.classroom):
+        recipe = recipe.with_(**{"stage": [], "classroom.teacher": None, "classroom.peers": []})
+    return groups.open_classroom(recipe, device)
 
 
 def _lay_out(
-    run: Run, classroom: Classroom, recipe: Recipe, methods: list[str], seeds: list[int], *, independent: bool
+    run: Run, classroom: Classroom, recipe: Recipe, methods: list[str], seeds: list[int], independent: bool
 ) -> None:
-    names = list(called(methods))
+    names = list(folder_names(methods))
     method = recipe.method.label if recipe.method.label in names else names[-1]
-    recipe = recipe.with_(baselines={name: {} for name in methods if user_code.named(name)})  # whose files are kept too
+    # the files of the user's own methods are kept with the run
+    recipe = recipe.with_(baselines={name: {} for name in methods if user_code.named(name)})
     facts = {
-        **distill.facts_of(classroom),
+        **groups.facts_of(classroom),
         "methods": names,
         "train_seeds": seeds,
         "independent": independent,
         "stands_for": f"{method}-{seeds[0]}",  # wherever one run is wanted: never the best seed, but the first
     }
-    distributed.first(lambda: run.start(recipe, runs.provenance("compare", recipe, **facts)))
-
-
-def _lay_out_learners(session: Session, classroom: Classroom) -> None:
-    """Lay out the folders of learners that have none yet."""
-    facts = distill.facts_of(classroom)
-
-    def lay_out() -> None:
-        for learner in session.learners:
-            folder = session.runs[learner.name]
-            if not folder.begun:
-                folder.start(learner.recipe, runs.provenance("distill", learner.recipe, **facts))
-
-    distributed.first(lay_out)
-
-
-def again(run: Run) -> list[str]:
-    """The methods of a compare that is to be resumed, own ones as the run keeps them."""
-    kept: dict[str, str] = run.recipe.own_methods()
-    labels: list[str] = run.provenance["methods"]
-    return [kept.get(label, label) for label in labels]
-
-
-def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
-    """Train all learners and write compare.json; yields what `engine.train` yields."""
-    if resume:  # it may have been killed between one folder and the next
-        _lay_out_learners(session, session.learners[0].classroom)
-    yield from distill.go(session, resume=resume)
-    distributed.first(lambda: _write(session.run))
-
-
-def through(run: Run, recipe: Recipe, methods: list[str], seeds: list[int]) -> bool:
-    """Whether all learners that share a classroom have finished."""
-    return all(Run(run.path / name).done for name in parted(learners(recipe, methods, seeds))[0])
-
-
-def staged(
-    recipe: Recipe, methods: list[str], seeds: list[int], device: torch.device, run: Run, follow: Follow
-) -> None:
-    """Train the learners whose mentors come first, with their stages, as far as they are not finished yet."""
-    _, later = parted(learners(recipe, methods, seeds))
-    for name, one in later.items():
-        folder = Run(run.path / name)
-        if distributed.first(lambda folder=folder: folder.done):
-            continue
-
-        def named(classroom: Classroom, events: Iterator[Event], label: str, name: str = name) -> None:
-            follow(classroom, events, f"{name}: {label}")
-
-        try:
-            stages.learn(one, folder, device, named)
-        except InterruptedRun as stopped:
-            raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
-    if later:
-        distributed.first(lambda: _write(run))
-
-
-def independent(
-    recipe: Recipe,
-    methods: list[str],
-    seeds: list[int],
-    device: torch.device,
-    run: Run,
-    follow: Follow,
-    *,
-    resume: bool = False,
-) -> Comparison:
-    """As `go`, but every seed has its own stream too (data.seed = train.seed), one stream after the other."""
-    for n, seed in enumerate(seeds):
-        user_code = recipe.with_(**{"data.seed": seed})
-        classroom = open_room(user_code, device)
-        session = open_session(user_code, methods, [seed], classroom, Run(run.path / f".seed-{seed}"))
-        session.runs = {learner.name: Run(run.path / learner.name) for learner in session.learners}
-        if n == 0 and resume:
-            distributed.first(run.mend)
-            distill.same_room(run, classroom)
-        elif n == 0:
-            _lay_out(run, classroom, recipe, methods, seeds, independent=True)
-        done, going_on = distributed.first(lambda session=session: _stands(session))
-        if done:
-            continue  # this seed was through before the compare was stopped
-        _lay_out_learners(session, classroom)
-        try:
-            follow(classroom, distill.go(session, resume=going_on), f"seed {seed}: {len(session.learners)} students")
-        except InterruptedRun as stopped:
-            raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli compare --resume {run.path}") from None
-        distributed.first(session.run.remove)
-    for seed in seeds:
-        staged(recipe.with_(**{"data.seed": seed}), methods, [seed], device, run, follow)
-    distributed.first(lambda: _write(run))
-    return distributed.first(lambda: summarise(run))
-
-
-def _stands(session: Session) -> tuple[bool, bool]:
-    """Whether every learner of a seed is through, and else whether its training was begun."""
-    going_on = session.run.path.is_dir()
-    if all(one.done for one in session.runs.values()):
-        if going_on:
-            session.run.remove()
-        return True, False
-    files.make_folder(session.run.path)
-    return False, going_on
-
-
-def _write(run: Run) -> None:
-    """Write compare.json, once every learner has finished."""
-    facts = run.provenance
-    names = [f"{method}-{seed}" for method in facts["methods"] for seed in facts["train_seeds"]]
-    if all(Run(run.path / name).done for name in names):
-        files.write_text(run.path / "compare.json", summarise(run).json())
+    run.start(recipe, runs.provenance("compare", recipe, **facts))
 
 
 def summarise(run: Run) -> Comparison:
     """The table of a finished compare, from its learners' folders."""
     facts, expect = run.provenance, run.recipe.expect
     seeds, lines, folders = facts["train_seeds"], [], {}
+    metric = TASKS[run.recipe.task].metrics[0]
     control: list[float] = []
     for method in facts["methods"]:
         results = [distill.result(f"{method}-{seed}", Run(run.path / f"{method}-{seed}")) for seed in seeds]
         folders |= {one.name: str(one.run.path) for one in results}
-        top1 = [one.top1 for one in results]
-        control = control or top1
-        line = _line(method, seeds, top1, [one.best for one in results], control)
-        if expect:
-            line.published = expect.top1.get(method)
-            if line.published is not None and CONTROL in expect.top1 and method != CONTROL:
-                line.published_gain = round(line.published - expect.top1[CONTROL], 4)
+        values = [one.value for one in results]
+        control = control or values
+        line = _line(method, seeds, values, [one.best for one in results], control)
+        published = expect.of(metric.name) if expect else {}
+        line.published = published.get(method)
+        if line.published is not None and CONTROL in published and method != CONTROL:
+            line.published_gain = round(line.published - published[CONTROL], 4)
         lines.append(line)
-    return Comparison(lines, folders, expect.source if expect else "", expect.epoch if expect else "")
+    source, epoch = (expect.source, expect.epoch) if expect else ("", "")
+    return Comparison(lines, metric, folders, source, epoch, str(run.path), facts["stands_for"])
 
 
-def _line(method: str, seeds: list[int], top1: list[float], best: list[float], control: list[float]) -> Line:
-    spread = statistics.stdev(top1) if len(top1) > 1 else None
-    line = Line(method, seeds, top1, best, statistics.mean(top1), spread, None, None, None, "control")
+def _line(method: str, seeds: list[int], values: list[float], best: list[float], control: list[float]) -> Line:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    line = Line(method, seeds, values, best, statistics.mean(values), spread, None, None, None, "control")
     if method == CONTROL:
         return line
-    differences = [a - b for a, b in zip(top1, control, strict=True)]
+    differences = [a - b for a, b in zip(values, control, strict=True)]
     line.gain = statistics.mean(differences)
     if len(differences) == 1:
         line.verdict = "one seed: no verdict"
@@ -296,7 +277,7 @@ def _t95(freedom: int) -> float:
 
 def table(comparison: Comparison) -> dict[str, Any]:
     """Title, columns and rows of the table a terminal shows."""
-    columns = ["method", "top-1 %", "gain", "95 % interval", "verdict"]
+    columns = ["method", comparison.metric.title, "gain", "95 % interval", "verdict"]
     published = any(line.published is not None for line in comparison.lines)
     if published:
         columns += ["published", "its gain"]

@@ -1,265 +1,181 @@
-"""From a recipe to a trained student in a run folder: the one way in for distill, train and compare."""
+"""From a recipe to a trained student in a run folder: what `kdcli distill` and `kdcli train` do."""
 
+import contextlib
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcli import methods
-from kdcli.data import DataSet, Stream, open_data
-from kdcli.data.dataset import Pixels
-from kdcli.errors import RecipeError, WeightsError
-from kdcli.mentors import bank_build
-from kdcli.mentors.classroom import Classroom, Member, from_card, seat
-from kdcli.mentors.mentors import Mentors, worth_compiling
-from kdcli.models import cards, weights
-from kdcli.recipe import STAGE, Recipe, staged
-from kdcli.system import device as devices, distributed, shards
-from kdcli.training import loop, run as runs, tensorboard
-from kdcli.training.learner import Learner, keep as keep_student
-from kdcli.training.loop import Event, Notice, Session
+from kdcli.errors import RecipeError
+from kdcli.models import cards, checkpoint
+from kdcli.models.cards import Card
+from kdcli.recipe import Recipe
+from kdcli.system import distributed
+from kdcli.tasks import Metric
+from kdcli.training import run as runs
 from kdcli.training.run import Run
+from kdcli.workflows import groups, stages
+from kdcli.workflows.groups import Follow
+
+
+@dataclass
+class Published:
+    """A published figure of the run's method, and what this run measured that compares with it."""
+
+    value: float
+    measured: float
+    epoch: str  # which epoch both are of: best or last
+    tolerance: float
+
+    @property
+    def reproduced(self) -> bool:
+        return abs(self.measured - self.value) <= self.tolerance
 
 
 @dataclass
 class Result:
-    """What became of one learner."""
+    """The outcome of one learner."""
 
     name: str
     run: Run
-    top1: float  # percent on the test set, of what is shipped
+    score: dict[str, float]  # on the test set, of what ships
+    metric: Metric  # the primary one; the figures below are of it
+    value: float
     last: float
     best: float  # the best epoch's; chosen on the test set, so only a record
     best_epoch: int
-    epoch: int  # the shipped weights' epoch
+    epoch: int  # that the shipped weights are of
+    data: str  # the data set's name
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> recipe's hash, epoch, score
+    published: Published | None = None
+    zoo: Card | None = None  # of a model trained alone: what was added to the user's zoo
+
+    def json(self) -> dict[str, Any]:
+        """As plain data; each stage's score also under the metrics' names."""
+        stages = {name: {**one, **one["score"]} for name, one in self.stages.items()}
+        return {
+            "run": str(self.run.path), **self.score, "epoch": self.epoch, "last": self.last, "best": self.best,
+            "best_epoch": self.best_epoch, **({"stages": stages} if stages else {}),
+            **({"zoo": {**self.zoo.model_dump(), **self.zoo.score}} if self.zoo else {}),
+        }  # fmt: skip
 
 
-def data_of(recipe: Recipe, device: torch.device) -> DataSet:
-    """The recipe's data. Raises RecipeError when none is named."""
-    if not recipe.data.name:
-        raise RecipeError("no data is named", hint="Add --data NAME; `kdcli data ls` shows what there is.")
-    return distributed.in_turn(lambda: open_data(recipe.data, device=device))
+def distill(
+    recipe: Recipe,
+    device: torch.device,
+    follow: Follow,
+    *,
+    out: str | None = None,
+    kind: str = "distill",
+    keep: set[int] | None = None,
+) -> Result:
+    """Train one student with one method, after the stages it needs.
 
+    Args:
+        follow: shows what was chosen for each classroom and runs its training to the end.
+        out: the run's folder; default: a new one under runs/.
+        kind: `train` for a model alone, which is added to the user's zoo.
+        keep: epochs (from 1) whose weights are kept.
 
-def open_room(recipe: Recipe, device: torch.device, *, mentors: bool = True) -> tuple[DataSet, Classroom]:
-    """The recipe's data and classroom. Data is looked for before weights."""
-    if waits := staged(recipe.classroom, mentors=mentors):
-        raise RecipeError(
-            f"{STAGE}{waits[0]} is trained by distill and compare only", hint="Name networks that are there already."
-        )
-    data = data_of(recipe, device)
-    return data, seat(recipe, data, device, mentors=mentors)
-
-
-def open_session(
-    recipes: dict[str, Recipe], classroom: Classroom, run: Run, folders: dict[str, Run], keep: set[int] | None = None
-) -> Session:
-    """Learners (by name) that share the first recipe's data, stream and mentors.
-
-    The recipes may differ in method and train.seed only.
+    Raises:
+        KdcliError: with nothing written, for whatever would stop the training before its first step.
     """
-    recipe, data, device = next(iter(recipes.values())), classroom.data, classroom.device
-    config = recipe.train
-    if config.tensorboard:
-        tensorboard.check()
-    stream = Stream(
-        data,
-        config.batch_size,
-        seed=recipe.data.seed,
-        drop_last=config.drop_last,
-        device=device,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        label_smoothing=config.label_smoothing,
-        strong=any("two_views" in methods.build(one.method.name, one.method.options).needs for one in recipes.values()),
-    )
-    shards.check(len(data.train), config)
-    distributed.alike(
-        {"recipe": recipe.hash(), "data": data.pixels, **{one.name: one.digest for one in classroom.mentors}}
-    )
-    if config.cuda_graph and isinstance(data.train.store, Pixels):
-        data.train.store.record()
-    learners = [Learner(name, one, classroom, len(stream)) for name, one in recipes.items()]
-    precision, why = devices.precision(recipe.classroom.precision, device, frozen=True)
-    forms = {(one.method.label, _options(one)): None for one in recipes.values()}
-    classroom.notes += [(f"method {name}", options, "a method's own defaults but for what is given")
-                        for name, options in forms]  # fmt: skip
-    student = learners[0].student
-    classroom.notes.append((student.name, student.origin, "the student's weights"))
-    classroom.notes.append(("device", devices.describe(device), "--device chooses"))
-    if not distributed.alone():
-        classroom.notes.append(("ranks", distributed.describe(), "they divide every batch"))
-    classroom.notes.append(("train.precision", learners[0].precision, learners[0].precision_why))
-    if classroom.mentors:
-        classroom.notes.append(("classroom.precision", precision, why))
-    if any(learner.method.teachers for learner in learners):
-        taught = [learner for learner in learners if learner.method.teachers]
-        needs = frozenset().union(*(learner.method.needs for learner in taught))
-        plain = any(not learner.needs for learner in taught)
-        ahead, graph = recipe.classroom.ahead or 0, config.cuda_graph
-        mentors = distributed.in_turn(
-            lambda: bank_build.open_mentors(classroom, recipe, needs=needs, plain=plain, ahead=ahead, cuda_graph=graph)
-        )
-    else:
-        mentors = Mentors([], precision, device)
-    compiled = _to_compile(recipe, mentors, max(one.epochs for one in learners) * len(stream) * config.batch_size)
-    if compiled and recipe.classroom.compile is None:
-        classroom.notes.append(("classroom.compile", ", ".join(compiled), "they answer so much that it pays"))
-    return Session(learners, stream, mentors, data, run, folders, config, keep or set(), compiled)
+    groups.check_expect(recipe)
+    run = run_folder(out, recipe, recipe.method.label if kind == "distill" else kind)
+    return train_into(run, recipe, device, follow, kind=kind, keep=keep)
 
 
-def _to_compile(recipe: Recipe, mentors: Mentors, images: int) -> list[str]:
-    """Which mentors are compiled when the training begins."""
-    if recipe.classroom.compile is not None:
-        return [member.name for member in mentors.members] if recipe.classroom.compile else []
-    if mentors.banks or mentors.needs:  # what a bank keeps must have the same last bits whoever filled it
-        return []
-    return worth_compiling(mentors.members, images)
+def resume(run: Run, device: torch.device, follow: Follow) -> Result:
+    """Continue a run of distill or train where it was stopped."""
+    keep = set(run.provenance.get("keep", []))
+    return train_into(run, run.recipe, device, follow, kind=run.kind, keep=keep, resume=True)
 
 
-def _options(recipe: Recipe) -> str:
-    """All options of a recipe's method as they are in force."""
-    values = methods.in_force(recipe.method.name, recipe.method.options)
-    return ", ".join(f"{key} = {value}" for key, value in values.items() if value is not None) or "no options"
+def train_into(
+    run: Run,
+    recipe: Recipe,
+    device: torch.device,
+    follow: Follow,
+    *,
+    kind: str = "distill",
+    keep: set[int] | None = None,
+    resume: bool = False,
+) -> Result:
+    """Train a recipe into a folder that is new or, with `resume`, holds its run."""
+    with groups.resumable(kind, run), contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(run.writing())
+            distributed.on_rank0(run.check_free)
+
+        if resume:
+            stack.enter_context(run.writing())
+        stages.train(recipe, run, device, follow, resume=resume, begin=begin, kind=kind, keep=keep)
+    found = distributed.on_rank0(lambda: result(recipe.method.label, run))
+    if kind == "train":
+        found.zoo = distributed.on_rank0(lambda: into_zoo(run))
+    return found
 
 
-def start(session: Session, kind: str, classroom: Classroom, **facts: Any) -> None:
-    """Lay out the run folders with recipe and provenance, the session's and every learner's."""
-    common = facts_of(classroom)
-    if session.keep:
-        facts["keep"] = sorted(session.keep)  # a resumed run keeps them too
-    for learner in session.learners:
-        folder = session.runs[learner.name]
-        own = {**common, **facts} if folder is session.run else common
-        told = runs.provenance(kind if folder is session.run else "distill", learner.recipe, **own)
-        distributed.first(lambda folder=folder, learner=learner, told=told: folder.start(learner.recipe, told))
-
-
-def facts_of(classroom: Classroom) -> dict[str, Any]:
-    """What provenance says of the data, the mentors and the machine."""
-    data = classroom.data
-    return {
-        "device": devices.describe(classroom.device),
-        "ranks": distributed.describe(),
-        "data": {
-            "name": data.name,
-            "hash": data.hash,
-            "pixels": data.pixels,
-            "image_size": data.image_size,
-            "train": len(data.train),
-            "test": len(data.test),
-        },
-        "mentors": {m.name: {"architecture": m.architecture.full, "sha256": m.digest} for m in classroom.mentors},
-        "banks": classroom.banks,
-        "chosen": [[key, str(value), why] for key, value, why in classroom.notes],
-    }
-
-
-def same_room(run: Run, classroom: Classroom) -> None:
-    """Raise KdcliError when a run to be resumed had another recipe, other data or other mentors than are here now."""
-    before, now = run.provenance, facts_of(classroom)
-    if run.recipe.hash() != before["recipe"]:
-        raise RecipeError(
-            f"{run.path}/recipe.toml is not the one the run began with", hint="Put it back, or start a new run with it."
-        )
-    if any(before["data"].get(key, "") not in ("", now["data"][key]) for key in ("hash", "pixels")):
-        raise WeightsError(
-            f"{run.path} was trained on other pictures than {classroom.data.name} holds now",
-            hint="Put the old data back, or start a new run.",
-        )
-    for name, facts in before["mentors"].items():
-        if now["mentors"].get(name, {}).get("sha256") != facts["sha256"]:
-            raise WeightsError(
-                f"{run.path}: its mentor {name} had other weights than are found now",
-                hint="Name the old ones with @PATH in its recipe.toml, or start a new run.",
-            )
-
-
-def go(session: Session, *, resume: bool = False) -> Iterator[Event]:
-    """Train the session and write every learner's student; yields what `engine.train` yields."""
-    if resume:
-        distributed.first(lambda: _note_ranks([session.run, *session.runs.values()]))
-    yield from loop.train(session, resume=resume)
-    distributed.first(session.run.forget_previous)
-    for learner in session.learners:
-        distributed.first(lambda learner=learner: finish(session, learner))
-    yield from map(Notice, session.mentors.words())
-
-
-def _note_ranks(folders: list[Run]) -> None:
-    """Say in their provenance when runs go on with other ranks than before."""
-    for run in folders:
-        if run.begun:
-            before, now = run.provenance.get("ranks", "1"), distributed.describe()
-            if before.rpartition("then ")[2] != now:
-                run.amend(ranks=f"{before}, then {now}")
-
-
-def finish(session: Session, learner: Learner) -> None:
-    """Write the student: the last epoch's, or, with a held-out slice, the epoch that it chose."""
-    folder = session.runs[learner.name]
-    scored = [row for row in folder.metrics() if "test/top1" in row]
-    if session.data.holdout:
-        epoch, top1, state = (learner.best[key] for key in ("epoch", "top1", "weights"))
-    else:
-        epoch, top1, state = learner.epochs, scored[-1]["test/top1"], learner.weights()
-    keep_student(folder, "student", learner, epoch, top1, state)
-    shipped = next(row for row in scored if row["epoch"] == epoch)
-    best = max(scored, key=lambda row: row["test/top1"])
-    folder.amend(
-        epoch=epoch,
-        top1=shipped["test/top1"],
-        last=scored[-1]["test/top1"],
-        best=best["test/top1"],
-        best_epoch=best["epoch"],
-        diverged=None,  # it was overcome
-    )
+def into_zoo(run: Run) -> Card:
+    """Add a finished run's student to the user's zoo."""
+    card = cards.read_card(run.path / "student.toml")
+    return cards.add(checkpoint.load_state(run.path / "student.safetensors"), card)
 
 
 def result(name: str, run: Run) -> Result:
-    """The outcome of a finished run, from its provenance."""
-    facts = run.provenance
-    return Result(name, run, facts["top1"], facts["last"], facts["best"], facts["best_epoch"], facts["epoch"])
-
-
-def student_of(run: Run) -> Member:
-    """A finished run's student. Raises WeightsError when it is not finished or its files are broken."""
-    if not (run.path / "student.safetensors").is_file() or not (run.path / "student.toml").is_file():
-        raise WeightsError(
-            f"{run.path} has no student yet: it was stopped before its end",
-            hint=f"`kdcli runs show {run.path}` says how to continue it.",
-        )
-    card = cards.read_card(run.path / "student.toml")
-    return from_card(card, weights.load_state(run.path / "student.safetensors"))
+    """The outcome of a finished run, from its folder; `name` is its method, or its name in a compare."""
+    facts, recipe, score = run.provenance, run.recipe, run.score
+    metric = run.metric
+    found = Result(
+        name, run, score, metric, score[metric.name], facts["last"], facts["best"], facts["best_epoch"], facts["epoch"],
+        facts["data"]["name"], facts.get("stages", {}),
+    )  # fmt: skip
+    if recipe.expect and (figure := recipe.expect.of(metric.name).get(recipe.method.label)) is not None:
+        measured = found.best if recipe.expect.epoch == "best" else found.last
+        found.published = Published(figure, measured, recipe.expect.epoch, recipe.expect.tolerance)
+    return found
 
 
 def run_folder(out: str | None, recipe: Recipe, method: str) -> Run:
     """The folder of a new run (see `run.new`). Raises RecipeError when `out` holds a run already."""
-    student = (recipe.classroom.student or "model").partition("@")[0].partition(":")[2] or (
-        recipe.classroom.student or "model"
-    ).partition("@")[0]
+    name = (recipe.classroom.student or "model").partition("@")[0]
+    student = name.partition(":")[2] or name
 
     def choose() -> Run:
-        if again := distributed.begun():  # a rank died before the first checkpoint
-            shutil.rmtree(again, ignore_errors=True)
-            return Run(Path(again))
+        if path := distributed.resumable_run():  # a rank died before the first checkpoint
+            shutil.rmtree(path, ignore_errors=True)
+            return Run(Path(path))
         run = runs.new(student, method, Path(out) if out else None)
         run.check_free()
         return run
 
-    run = distributed.first(choose)
-    distributed.begin(str(run.path))
+    run = distributed.on_rank0(choose)
+    distributed.remember_run(str(run.path))
     return run
 
 
-def begun() -> str | None:
-    """The run to continue after a rank of this very command died; None when it was not begun yet."""
+def interrupted_run() -> str | None:
+    """The run that this very command began before one of its ranks died; None when there is none to resume."""
 
-    def look() -> str | None:
-        path = distributed.begun()
+    def find() -> str | None:
+        path = distributed.resumable_run()
         return path if path and Run(Path(path)).begun else None
 
-    return distributed.first(look)
+    return distributed.on_rank0(find)
+
+
+def to_resume(name: str, kind: str, *, finished_too: bool = False) -> Run:
+    """The run that --resume names. Raises RecipeError when it is finished, or another command's."""
+    run = runs.find(name, learner=False)
+    for whole in map(Run, reversed([*run.path.parents][:3])):
+        if whole.begun and (whole.kind == "compare" or "stages" in whole.provenance):
+            raise RecipeError(f"{run.path} is a part of {whole.path}", hint=f"kdcli {whole.kind} --resume {whole.path}")
+    if run.kind != kind:
+        raise RecipeError(f"{run.path} is a {run.kind}", hint=f"kdcli {run.kind} --resume {run.path}")
+    if run.finished and not finished_too and not distributed.restarts():  # a rank may have died after the end
+        raise RecipeError(f"{run.path} is finished", hint=f"`kdcli runs show {run.path}` prints it.")
+    run.check_methods()
+    return run

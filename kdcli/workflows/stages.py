@@ -1,4 +1,4 @@
-"""Trainings before the training: a recipe's stages, in order, each an ordinary run inside the run's folder."""
+"""A recipe's stages: trainings before its own, in order, each an ordinary run inside the run's folder."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,30 +10,28 @@ import torch
 
 from kdcli import methods
 from kdcli.data import DataSet
-from kdcli.errors import InterruptedRun, RecipeError
-from kdcli.mentors.classroom import Classroom, seat
-from kdcli.methods.assistants import Assisted
+from kdcli.errors import RecipeError
+from kdcli.mentors.classroom import Classroom, build_classroom
 from kdcli.models import cards
 from kdcli.recipe import NAMED, STAGE, Recipe, staged
 from kdcli.system import distributed
 from kdcli.training import run as runs
-from kdcli.training.learner import Learner, keep
-from kdcli.training.loop import Event
+from kdcli.training.learner import Learner
 from kdcli.training.run import Run
-from kdcli.workflows import distill
+from kdcli.training.student import save_student
+from kdcli.workflows import groups
+from kdcli.workflows.groups import Follow, Group
 
 FOLDER = "stages"  # in the run's
-LAST = ""  # the recipe's own part, which comes after all stages
-Follow = Callable[[Classroom, Iterator[Event], str], None]
-"""Tells what was chosen for a classroom, and runs its training to the end under a label."""
+LAST = ""  # the name of the recipe's own part, which comes after all stages
 
 
 @dataclass
 class Plan:
     """What is trained, in order."""
 
-    stages: dict[str, Recipe]  # only those that something after them needs
-    last: Recipe  # the recipe's own part, its classroom as it is after the stages
+    stages: dict[str, Recipe]  # only those that a later part needs
+    last: Recipe  # the recipe's own part, with the classroom it has after the stages
 
     @property
     def parts(self) -> dict[str, Recipe]:
@@ -41,121 +39,134 @@ class Plan:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """A recipe's stages, those that its method's name stands for among them."""
-    cls = methods.find(recipe.method.name)
-    last = cls.expand(recipe) if issubclass(cls, Assisted) else recipe
+    """A recipe's stages, including those that its method expands to."""
+    last = methods.find(recipe.method.name).expand(recipe)
     every, wanted = last.stages(), set(_named(last))
     for name, one in reversed(every.items()):
         if name in wanted:
             if one.method.options.get("assistants"):
                 raise RecipeError(
-                    f"stage {name}: method.assistants: a stage has no stages of its own",
-                    hint='Give the stage a method of its own, such as method = { name = "kd" }.',
+                    f"stage {name}: method.assistants: a stage cannot have stages",
+                    hint='Give the stage another method, such as method = { name = "kd" }.',
                 )
             wanted |= set(_named(one))
     return Plan({name: one for name, one in every.items() if name in wanted}, last)
 
 
 def _named(recipe: Recipe) -> list[str]:
-    return staged(recipe.classroom, mentors=teaches(recipe))
+    return staged(recipe.classroom, mentors=needs_mentors(recipe))
 
 
-def teaches(recipe: Recipe) -> bool:
-    """Whether the recipe's method listens to mentors."""
+def needs_mentors(recipe: Recipe) -> bool:
+    """Whether the recipe's method learns from mentors."""
     return methods.find(recipe.method.name).teachers > 0
 
 
 def resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe as a plain one: graduates of finished stages named by what they are and where they lie."""
-    mentors = teaches(recipe)
+    """The recipe without stages: what finished stages in `folder` trained is named by architecture and path."""
+    mentors = needs_mentors(recipe)
     over: dict[str, Any] = {"stage": []}
     for key in NAMED if mentors else NAMED[:1]:
         spec = getattr(recipe.classroom, key)
-        over[f"classroom.{key}"] = [_lying(one, folder) for one in spec] if key == "peers" else _lying(spec, folder)
+        over[f"classroom.{key}"] = [_located(one, folder) for one in spec] if key == "peers" else _located(spec, folder)
     return recipe.with_(**over) if staged(recipe.classroom, mentors=mentors) else recipe
 
 
 def recipe_of(run: Run) -> Recipe:
-    """A run's recipe as a plain one, its mentors those that its stages trained."""
+    """A run's recipe without stages: its mentors are those that the stages trained."""
     return resolve(plan(run.recipe).last, run.path / FOLDER)
 
 
-def _lying(spec: str | None, folder: Path) -> str | None:
+def _located(spec: str | None, folder: Path) -> str | None:
     if spec is None or not spec.startswith(STAGE):
         return spec
     where = folder / spec.removeprefix(STAGE)
     return f"{cards.read_card(where / 'student.toml').architecture}@{where}"
 
 
-def rehearse(whole: Plan, data: DataSet, device: torch.device) -> Iterator[tuple[str, Recipe, Classroom]]:
-    """Every part's name, plain recipe and classroom in order, with untrained networks in the graduates' place."""
+def dry_run(whole: Plan, data: DataSet, device: torch.device) -> Iterator[tuple[str, Recipe, Classroom]]:
+    """Every part's name, recipe and classroom in order, with untrained stand-ins for what earlier stages will train."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, part in whole.parts.items():
-            seated = resolve(part, folder)
-            classroom = seat(seated, data, device, mentors=teaches(part))
-            yield name, seated, classroom
+            resolved = resolve(part, folder)
+            classroom = build_classroom(resolved, data, device, mentors=needs_mentors(part))
+            yield name, resolved, classroom
             if name:
-                one = Learner(name, seated, classroom, 1)
+                one = Learner(name, resolved, classroom, 1)
                 (folder / name).mkdir()
-                keep(Run(folder / name), "student", one, 0, 0.0, one.weights())
+                save_student(
+                    Run(folder / name), "student", one.graduate(), data, task=part.task, epoch=0, score={},
+                    weights=one.weights(),
+                )  # fmt: skip
 
 
 def check(whole: Plan, data: DataSet, device: torch.device) -> Classroom:
-    """The classroom of the last part, rehearsed. Raises KdcliError for whatever would stop any part before its first
-    step."""
-    for name, part, classroom in rehearse(whole, data, device):
+    """The classroom of the last part. Raises KdcliError for whatever would stop any part before its first step."""
+    for name, part, classroom in dry_run(whole, data, device):
         if not name:
             Learner(part.method.label, part, classroom, 1)
             return classroom
     raise AssertionError("a recipe's own part comes last")
 
 
-def learn(
-    recipe: Recipe, run: Run, device: torch.device, follow: Follow, *, rehearsed: Classroom | None = None
+def train(
+    recipe: Recipe,
+    run: Run,
+    device: torch.device,
+    follow: Follow,
+    *,
+    resume: bool = False,
+    begin: Callable[[], None] = lambda: None,
+    kind: str = "distill",
+    keep: set[int] | None = None,
 ) -> None:
-    """Train a recipe's stages into `run`/stages and then its own part into `run`: what is not finished yet of them.
+    """Train a recipe's stages into `run`/stages and then its own part into `run`: those that are not finished yet.
 
-    rehearsed: what `check` gave, where it was called already.
+    begin: called after all checks and before anything is written, unless the run began before.
     """
-    whole = plan(recipe)
-    data = rehearsed.data if rehearsed else distill.data_of(recipe, device)
-    if not distributed.first(lambda: run.begun):
-        facts = distill.facts_of(rehearsed or check(whole, data, device))
-        told = {**facts, "mentors": {}, "banks": {}, "chosen": [], "stages": {name: {} for name in whole.stages}}
-        distributed.first(lambda: run.start(recipe, runs.provenance("distill", recipe, **told)))
-    distributed.first(run.mend)
-    try:
-        for name, part in whole.stages.items():
-            folder = Run(run.path / FOLDER / name)
-            if not distributed.first(lambda folder=folder: folder.done):
-                seated = resolve(part, run.path / FOLDER)
-                classroom = seat(seated, data, device, mentors=teaches(part))
-                session = distill.open_session(
-                    {part.method.label: seated}, classroom, folder, {part.method.label: folder}
-                )
-                going_on = distributed.first(lambda folder=folder: folder.begun)
-                if going_on:
-                    distill.same_room(folder, classroom)
-                else:
-                    distill.start(session, "distill", classroom)
-                follow(classroom, distill.go(session, resume=going_on), f"stage {name}")
-        _last(recipe, whole, run, data, device, follow)
-    except InterruptedRun as stopped:
-        raise InterruptedRun(stopped.message, hint=f"Continue with: kdcli distill --resume {run.path}") from None
+    whole, name = plan(recipe), recipe.method.label
+    label = (recipe.classroom.student or "").partition("@")[0] if kind == "train" else name
+    last = Group(label, {name: recipe}, run, {name: run}, run, kind, keep or set())
+    if not whole.stages:
+        classroom = groups.open_classroom(recipe, device, mentors=needs_mentors(recipe))
+        return groups.train_group(last, classroom, follow, resume=resume, begin=lambda _: begin())
+
+    data = groups.data_of(recipe, device)
+    if not distributed.on_rank0(lambda: run.begun):
+        facts = groups.facts_of(check(whole, data, device))
+        begin()
+        facts |= {"mentors": {}, "banks": {}, "chosen": [], "stages": {stage: {} for stage in whole.stages}}
+        distributed.on_rank0(lambda: run.start(recipe, runs.provenance("distill", recipe, **facts)))
+    distributed.on_rank0(run.repair)
+    for stage, part in whole.stages.items():
+        folder = Run(run.path / FOLDER / stage)
+        done, begun = distributed.on_rank0(lambda folder=folder: (folder.done, folder.begun))
+        if done:
+            continue
+        resolved = resolve(part, run.path / FOLDER)
+        group = Group(f"stage {stage}", {part.method.label: resolved}, folder, {part.method.label: folder}, folder)
+        classroom = build_classroom(resolved, data, device, mentors=needs_mentors(part))
+        groups.train_group(group, classroom, follow, resume=begun)
+    classroom = build_classroom(resolve(whole.last, run.path / FOLDER), data, device, mentors=needs_mentors(recipe))
+    begun = distributed.on_rank0(lambda: all(run.provenance["stages"].values()))
+    return groups.train_group(
+        last, classroom, follow, resume=begun, begin=lambda classroom: _record_stages(run, whole, classroom)
+    )
 
 
-def _last(recipe: Recipe, whole: Plan, run: Run, data: DataSet, device: torch.device, follow: Follow) -> None:
-    """The recipe's own part, in a folder that was laid out before its mentors were there."""
-    seated = resolve(whole.last, run.path / FOLDER)
-    classroom = seat(seated, data, device, mentors=teaches(recipe))
-    name = recipe.method.label
-    session = distill.open_session({name: recipe}, classroom, run, {name: run})
-    going_on = distributed.first(lambda: all(run.provenance["stages"].values()))
-    if going_on:
-        distill.same_room(run, classroom)
-    else:
-        finished = {stage: Run(run.path / FOLDER / stage).provenance for stage in whole.stages}
-        told = {stage: {key: facts[key] for key in ("recipe", "epoch", "top1")} for stage, facts in finished.items()}
-        distributed.first(lambda: run.amend(**distill.facts_of(classroom), stages=told))
-    follow(classroom, distill.go(session, resume=going_on), name)
+def _record_stages(run: Run, whole: Plan, classroom: Classroom) -> None:
+    """Complete the provenance, which was written before the stages had trained the mentors."""
+
+    def amend() -> None:
+        found = {}
+        for name in whole.stages:
+            stage = Run(run.path / FOLDER / name)
+            found[name] = {
+                "recipe": stage.provenance["recipe"],
+                "epoch": stage.provenance["epoch"],
+                "score": stage.score,
+            }
+        run.amend(**groups.facts_of(classroom), stages=found)
+
+    distributed.on_rank0(amend)

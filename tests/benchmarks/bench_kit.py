@@ -12,8 +12,9 @@ import kdcli.models.cifar  # noqa: F401  (registers cifar_*)
 from kdcli.data import Batch, DataSet, Split
 from kdcli.data.dataset import Pixels
 from kdcli.data.views import Views
-from kdcli.mentors.classroom import Classroom, Member
-from kdcli.models import registry, weights
+from kdcli.mentors.classroom import Classroom
+from kdcli.models import checkpoint, registry
+from kdcli.models.member import Member
 from kdcli.recipe import Recipe
 from kdcli.system import device as devices
 from kdcli.training.learner import Learner
@@ -49,12 +50,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def room(device: torch.device, mentors: list[str] | None = None, images: int = IMAGES, **keys: Any) -> Classroom:
-    """A classroom on noise, norms at random: the arithmetic is CIFAR-100's, and costs the same on any pictures."""
+    """A classroom on noise, norms at random: the arithmetic is CIFAR-100's, and costs the same on any images."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
     split = Split(Pixels(pixels, Views("crop-flip", 32)), torch.arange(images) % 100)
     classes = [str(k) for k in range(100)]
-    data = DataSet("noise", classes, None, "noise", MEAN, STD, 32, "crop-flip", split, split, views=162)
+    data = DataSet("noise", classes, None, "noise", MEAN, STD, (32, 32), "crop-flip", split, split, views=162)
     given = {"classroom.student": STUDENT, "data.name": "noise", "train.batch_size": 64, **keys}
     recipe = Recipe().with_(**given)
     members = [_member(f"cifar_{name}", device) for name in (MENTORS if mentors is None else mentors)]
@@ -72,15 +73,15 @@ def _member(name: str, device: torch.device) -> Member:
         net.train()(torch.randn(64, 3, 32, 32))
     for layer in norms:
         layer.momentum = 0.1
-    member = Member(net, found, mean=MEAN, std=STD, input_size=32, interpolation="bilinear", num_classes=100)
-    member.digest = weights.digest(net)
+    member = Member(net, found, mean=MEAN, std=STD, input_size=(32, 32), interpolation="bilinear", num_classes=100)
+    member.digest = checkpoint.digest(net)
     return member.to(device)
 
 
 def learner(classroom: Classroom, method: str, **keys: Any) -> Learner:
     recipe = classroom.recipe.with_method(method).with_(**keys)
     one = Learner(method, recipe, classroom, steps_per_epoch=1000)
-    one.begin_epoch(0, lambda _: iter(()))
+    one.begin_epoch(0, lambda: iter(()))
     return one
 
 

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcli.losses import disk, log_mark, soft_loss
+from kdcli.losses import disk
+from kdcli.losses.classroom_kd import log_mark, soft_loss
 
 Params = list[Tensor]
 

@@ -2,14 +2,15 @@
 
     python tests/benchmarks/methods.py [--rounds 15] [--threads N] [--only kd,crd] [--contract junit.xml] [--json FILE]
 
-Step cost: one update of a ResNet-8 taught by a ResNet-20, batch 64, on noise of CIFAR-100's sizes (the cost is the same
-on any pictures), the mentors' answers and whatever else the method asks of them included; how many times KD's, all
-methods stepped in turn within one process, the ratio of medians with quartiles of the rounds' ratios. A method of
-several phases is charged for all of them: their steps over those of the recipe's own epochs, of which KD has no others.
-Methods that hear several mentors have two peers beside the teacher, and so has the KD they are compared with. Extra
-parameters and memory are those at these sizes, with CIFAR-100's 50,000 images. Lines: the class and the losses it
-calls, without comments, docstrings and blanks.
---contract: what `pytest tests/contract --junitxml=junit.xml` wrote; the table then says how many of its tests passed.
+Step cost: one update of a ResNet-8 taught by a ResNet-20, batch 64, on noise of CIFAR-100's sizes (the cost does not
+depend on the images), including the mentors' outputs and everything else that the method needs; relative to KD, all
+methods stepped in turn within one process, the ratio of medians with quartiles of the rounds' ratios. A method with
+several phases is charged for all of them: their steps, relative to those of the recipe's own epochs.
+Methods that learn from several mentors have two peers in addition to the teacher, and so has the KD that they are
+compared with. Extra parameters and memory are those at these sizes, with CIFAR-100's 50,000 images. Lines: the class
+and the losses it calls, without comments, docstrings and blanks.
+--contract: the file written by `pytest tests/contract --junitxml=junit.xml`; the table then has the number of tests
+that passed.
 """
 
 import argparse
@@ -34,13 +35,14 @@ from torch import nn
 from kdcli import methods
 from kdcli.errors import KdcliError
 from kdcli.mentors.classroom import Classroom
+from kdcli.methods import Need
 from kdcli.training.learner import Learner
-from kdcli.training.loop import Session
 from kdcli.training.run import Run
-from kdcli.workflows import distill
+from kdcli.training.session import Session
+from kdcli.workflows import groups
 
 STUDENT, TEACHER, PEERS = "cifar_resnet8", "resnet20", ["resnet14", "resnet8"]
-IMAGES = 50_000  # CIFAR-100's training set: what memories are made for
+IMAGES = 50_000  # CIFAR-100's training set, which sizes the memories
 KEYS = {"train.lr": 0.01, "train.schedule": "constant", "train.precision": "fp32", "classroom.ahead": 1}
 PAPERS = {  # family, paper
     "nokd": ("control", "cross-entropy alone"),
@@ -83,53 +85,55 @@ PAPERS = {  # family, paper
     "ffl": ("online", "Kim et al., ICPR 2020, arXiv 1904.09058"),
     "shake": ("online", "Li & Jin, NeurIPS 2022"),
 }
-SEVERAL = {"aver", "classroom", "ebkd", "camkd", "aekd", "dgkd"}  # who hear the peers too
-FORMS = {"tekap-both": {"name": "tekap", "parts": "both"}}  # forms of a method with a row of their own
-WORDS = {  # what a method needs, in the table's words
-    "maps": "maps",
-    "pre": "maps before activation",
-    "pooled": "vectors",
-    "index": "sample numbers",
-    "two_views": "two views",
-    "hard_target": "no mixup",
-    "full_batches": "whole batches",
-    "pairs": "two samples",
+SEVERAL = {"aver", "classroom", "ebkd", "camkd", "aekd", "dgkd"}  # methods that learn from peers too
+FORMS = {"tekap-both": {"name": "tekap", "parts": "both"}}  # forms of a method with a separate row
+WORDS = {  # what a method needs, as the table calls it
+    Need.MAPS: "maps",
+    Need.PRE: "maps before activation",
+    Need.POOLED: "vectors",
+    Need.INDEX: "sample numbers",
+    Need.TWO_VIEWS: "two views",
+    Need.HARD_TARGET: "no mixup",
+    Need.FULL_BATCHES: "whole batches",
+    Need.PAIRS: "two samples",
 }
-SHARED = {"kdcli.methods.base", "kdcli.methods.pairing"}  # everybody's, so nobody's lines
+SHARED = {"kdcli.methods.base", "kdcli.methods.fields", "kdcli.methods.pairing"}  # used by all, counted for none
 
 
 class Way:
-    """One method in one phase: a session of its own, stepped by hand."""
+    """One method in one phase: a session that is stepped by hand."""
 
     def __init__(self, classroom: Classroom, name: str, phase: str | None, folder: Path) -> None:
         recipe = classroom.recipe.with_method(name)
         run = Run(folder / f"{name}-{phase}")
-        self.session: Session = distill.open_session({name: recipe}, classroom, run, {name: run}, set())
+        self.session: Session = groups.open_session({name: recipe}, classroom, run, {name: run}, set())
         self.learner = self.session.learners[0]
         starts = itertools.accumulate((each.epochs for each in self.learner.phases), initial=0)
         begins = [(each.name, start) for each, start in zip(self.learner.phases, starts, strict=False)]
         self.epoch = 0 if phase is None else next(start for name, start in begins if name == phase)
-        for epoch in sorted({0, self.epoch}):  # what a phase leaves to the next is left by an epoch of two batches
-            self.learner.begin_epoch(epoch, self._sweep)
+        for epoch in sorted({0, self.epoch}):  # a phase passes on to the next what an epoch of two batches leaves
+            self.learner.begin_epoch(epoch, self._train_pass)
         self.batches = self._endless()
         self.number = 0
 
-    def _sweep(self, learner: Learner) -> Iterator[Any]:
+    def _train_pass(self) -> Iterator[Any]:
+        learner = self.learner
         for batch in itertools.islice(self.session.data.train.plain(64, learner.device), 2):
-            yield learner.lesson(batch, self.session.mentors.answer(batch), self.epoch, 0)
+            answers = self.session.mentors.answer(batch)
+            yield learner.lesson(batch, answers.of(learner.needs), self.epoch, 0)
 
     def _endless(self) -> Iterator[Any]:
         while True:
-            yield from self.session.mentors.taught(itertools.islice(self.session.stream.epoch(self.epoch), 64))
+            yield from self.session.mentors.answer_ahead(itertools.islice(self.session.stream.epoch(self.epoch), 64))
 
     def __call__(self) -> None:
-        batch, taught = next(self.batches)
-        self.learner.step(batch, taught, self.epoch, 0, self.number)
+        batch, answers = next(self.batches)
+        self.learner.step(batch, answers.of(self.learner.needs), self.epoch, 0, self.number)
         self.number += 1
 
 
 def facts(way: Way) -> dict[str, Any]:
-    """What a method adds to its student, and its needs."""
+    """What a method adds to its student, and what it needs."""
     method, room = way.learner.method, way.learner.classroom
     plain = sum(p.numel() for p in room.student(0).parameters())
     modules: list[nn.Module] = [method, *method.learners().values(), method.graduate()]
@@ -148,7 +152,7 @@ def facts(way: Way) -> dict[str, Any]:
 
 
 def _shares(learner: Learner) -> dict[str, float]:
-    """Phase -> its epochs, as a share of those the recipe asks for."""
+    """Phase -> its epochs, as a share of the recipe's."""
     shares: dict[str, float] = {}
     for phase in learner.phases:
         shares[phase.name] = shares.get(phase.name, 0.0) + phase.epochs / learner.config.epochs
@@ -156,7 +160,7 @@ def _shares(learner: Learner) -> dict[str, float]:
 
 
 def lines(name: str) -> int:
-    """Lines of a method's class, of the classes it is made from and of the losses it calls."""
+    """Code lines of a method's class, of its base classes and of the losses it calls."""
     todo: list[Any] = [methods.find(FORMS.get(name, {}).get("name", name))]
     seen: set[Any] = set()
     while todo:
@@ -189,16 +193,16 @@ def _called(part: Any) -> list[Any]:
 def _count(part: Any) -> int:
     """Lines with code on them: no docstrings, comments or blanks."""
     text = textwrap.dedent(inspect.getsource(part))
-    told: set[int] = set()
+    docs: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            told |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            docs |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     rows = enumerate(text.splitlines(), 1)
-    return sum(1 for number, row in rows if row.strip() and not row.strip().startswith("#") and number not in told)
+    return sum(1 for number, row in rows if row.strip() and not row.strip().startswith("#") and number not in docs)
 
 
 def contract(path: Path) -> dict[str, tuple[int, int]]:
-    """Method -> (passed, run) of the contract tests in a junit file; what a test skipped does not apply."""
+    """Method -> (passed, run) of the contract tests in a junit file; skipped tests do not count."""
     found: dict[str, tuple[int, int]] = {}
     for case in ElementTree.parse(path).iter("testcase"):
         words = re.split(r"[\[\]\-]", case.get("name", ""))[1:]
@@ -211,34 +215,34 @@ def contract(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def seat(room: Classroom, name: str, folder: Path) -> dict[str, Way]:
-    """A method's ways to step, one for every phase it has."""
+def ways_of(room: Classroom, name: str, folder: Path) -> dict[str, Way]:
+    """A method's ways to step, one for each of its phases."""
     first = Way(room, name, None, folder)
     names = list(_shares(first.learner))
     return {phase: Way(room, name, phase, folder) if n else first for n, phase in enumerate(names)}
 
 
 def measure(names: list[str], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
-    """Facts and step costs of the methods; of one that cannot be seated here, why."""
+    """Facts and step costs of the methods; for one that cannot be trained here, the reason."""
     out: dict[str, dict[str, Any]] = {}
     for mentors in ([TEACHER], [TEACHER, *PEERS]):
         ours = [name for name in names if (name in SEVERAL) is (len(mentors) > 1)]
         room = kit.room(device, mentors, images=IMAGES, **{"classroom.student": STUDENT, "baselines": FORMS, **KEYS})
         with tempfile.TemporaryDirectory() as folder:
-            seated: dict[str, dict[str, Way]] = {}
+            ready: dict[str, dict[str, Way]] = {}
             for name in dict.fromkeys(["kd", *ours]):
                 try:
-                    seated[name] = seat(room, name, Path(folder))
-                    for way in seated[name].values():
+                    ready[name] = ways_of(room, name, Path(folder))
+                    for way in ready[name].values():
                         way()
                 except (KdcliError, ImportError, AttributeError) as error:
-                    seated.pop(name, None)
+                    ready.pop(name, None)
                     out[name] = {"why not": f"{type(error).__name__}: {error}"}
-            ways = {f"{name}/{phase}": way for name, own in seated.items() for phase, way in own.items()}
+            ways = {f"{name}/{phase}": way for name, own in ready.items() for phase, way in own.items()}
             times = kit.alternate(ways, rounds, device)
         base = times["kd/main"]
-        for name in [name for name in ours if name in seated]:
-            row = out[name] = facts(next(iter(seated[name].values())))
+        for name in [name for name in ours if name in ready]:
+            row = out[name] = facts(next(iter(ready[name].values())))
             mine = [(times[f"{name}/{phase}"], share) for phase, share in row["phases"].items()]
             each = [sum(seconds[n] * share for seconds, share in mine) for n in range(rounds)]
             middle = sum(statistics.median(seconds) * share for seconds, share in mine)
@@ -250,7 +254,7 @@ def measure(names: list[str], device: torch.device, rounds: int) -> dict[str, di
 
 
 def markdown(found: dict[str, dict[str, Any]], passed: dict[str, tuple[int, int]]) -> str:
-    """The README's table."""
+    """The table of kdcli/methods/README.md."""
     head = ["method", "family", "paper", "needs", "extra parameters", "memory", "step, times KD", "lines", "contract"]
     rows = [head, ["---", "---", "---", "---", "---:", "---:", "---:", "---:", "---:"]]
     for name, row in found.items():
@@ -291,10 +295,10 @@ def main() -> None:
         if "why not" not in row:
             row["lines"] = lines(name)
     passed = contract(args.contract) if args.contract else {}
-    told = {**kit.machine(device), "batch": 64, "rounds": args.rounds, "methods": found, "contract": passed}
+    facts_ = {**kit.machine(device), "batch": 64, "rounds": args.rounds, "methods": found, "contract": passed}
     if args.json:
-        args.json.write_text(json.dumps(told, indent=1))
-    print(json.dumps({key: told[key] for key in told if key not in ("methods", "contract")}))
+        args.json.write_text(json.dumps(facts_, indent=1))
+    print(json.dumps({key: facts_[key] for key in facts_ if key not in ("methods", "contract")}))
     print(markdown({name: found[name] for name in names}, passed))
 
 

@@ -81,12 +81,12 @@ def main() -> None:
     def kdcli(learner: Any, answers: Mentors) -> None:
         n = turn["n"] = turn["n"] + 1
         batch = given[n % len(given)]
-        learner.step(batch, answers.answer(batch), 0, n, n)
+        learner.step(batch, answers.answer(batch).outputs, 0, n, n)
 
     def other(step: Any) -> None:
         n = turn["n"] = turn["n"] + 1
         batch = given[n % len(given)]
-        step((batch.pixels - mean) / std, batch.target)
+        step((batch.images - mean) / std, batch.target)
 
     ways = {"kdcli": lambda: kdcli(ours, mentors)}
     if not refused:
@@ -100,11 +100,11 @@ def main() -> None:
         else:
             ways[name] = lambda step=step: other(step)
     first = next(iter(given))  # all three must be doing the same work: the same loss on the same batch and weights
-    x = (first.pixels - mean) / std
+    x = (first.images - mean) / std
     losses = {}
     fresh = kit.learner(classroom, "kd")
-    fresh.step(first, mentors.answer(first), 0, 0, 0)
-    losses["kdcli"] = sum(value for name, value in fresh.tally.means().items() if name.startswith("term/"))
+    fresh.step(first, mentors.answer(first).outputs, 0, 0, 0)
+    losses["kdcli"] = sum(fresh.meter.means("term/").values())
     for name, make in {"timm": timms, "torchdistill": torchdistills}.items():
         if (step := make(classroom.student(0).net.train(), teacher, device)) is not None:
             losses[name] = float(step(x, first.target))

@@ -11,7 +11,6 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import bench_kit as kit
 import torch
@@ -19,8 +18,7 @@ import torch
 from kdcli.data import Stream
 from kdcli.mentors.mentors import Mentors
 from kdcli.system import device as devices
-from kdcli.training.loop import Session, _step
-from kdcli.training.run import Run
+from kdcli.training.loop import _update
 
 METHODS = ["classroom", "aver", "kd", "nokd"] * 2
 
@@ -31,12 +29,11 @@ def stepper(device: torch.device, students: int, mentors: int, size: int):
     answers = Mentors(classroom.mentors, devices.precision("auto", device, frozen=True)[0], device)
     given, turn = kit.batches(classroom, size, device, 4), {"n": 0}
     stream = Stream(classroom.data, size, seed=0, device=device)
-    session = Session(learners, stream, answers, classroom.data, Run(Path("unused")), {}, classroom.recipe.train)
 
     def step() -> None:
         n = turn["n"] = turn["n"] + 1
         batch = given[n % len(given)]
-        _step(session, learners, batch, answers.answer(batch), (0, n, n))
+        _update(learners, batch, answers.answer(batch), 0, n, len(stream))
 
     return step
 

@@ -34,8 +34,8 @@ UPDATES = 20  # after which losses are compared
 
 def plain_step(student: nn.Module, mentors: list[nn.Module], optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
     """Algorithm 1, one network after another."""
-    mean, std = (torch.tensor(x, device=batch.pixels.device).view(1, 3, 1, 1) for x in (kit.MEAN, kit.STD))
-    x = (batch.pixels - mean) / std
+    mean, std = (torch.tensor(x, device=batch.images.device).view(1, 3, 1, 1) for x in (kit.MEAN, kit.STD))
+    x = (batch.images - mean) / std
     y_s = student(x)
     with torch.no_grad():
         answers = [mentor(x) for mentor in mentors]
@@ -108,7 +108,7 @@ def main() -> None:
             students["warm bank, student compiled"] = {"train.compile": True, **half}
         reference = Plain(classroom, device)
         with torch.no_grad():
-            x = given[0].pixels
+            x = given[0].images
             right = torch.stack([member(x) for member in classroom.mentors])
         losses = torch.stack([reference.step(given[n % len(given)]) for n in range(UPDATES)])
         plain, turn = Plain(classroom, device), {"n": 0}
@@ -118,13 +118,11 @@ def main() -> None:
             learner = kit.learner(classroom, "classroom", **students[name])
             for n in range(UPDATES):
                 batch = given[n % len(given)]
-                learner.step(batch, how.answer(batch), 0, n, n)
-            ends = learner.tally.means()
-            total = sum(value for key, value in ends.items() if key.startswith("term/"))
-            found = how.answer(given[0])
-            assert found is not None
+                learner.step(batch, how.answer(batch).outputs, 0, n, n)
+            total = sum(learner.meter.means("term/").values())
+            found = torch.stack([output.out for output in how.answer(given[0]).outputs])
             exact[name] = {
-                "answers differ by": float((found.out - right).abs().max() / right.abs().max()),
+                "answers differ by": float((found - right).abs().max() / right.abs().max()),
                 "mean loss differs by": float(abs(total - losses.mean()) / losses.mean()),
             }
             ways[name] = _way(learner, how, given, turn, how.ahead)
@@ -135,13 +133,13 @@ def main() -> None:
 
 
 def _way(learner, how: Mentors, given: list[Batch], turn: dict[str, int], steps: int):
-    taught = how.taught(_endless(given))  # as the engine asks, looking ahead
+    answered = how.answer_ahead(_endless(given))  # as the loop does
 
     def step() -> None:
         for _ in range(steps):
             n = turn["n"] = turn["n"] + 1
-            batch, view = next(taught)
-            learner.step(batch, view, 0, n, n)
+            batch, answers = next(answered)
+            learner.step(batch, answers.outputs, 0, n, n)
 
     return step
 

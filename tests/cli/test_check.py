@@ -43,7 +43,7 @@ def test_a_mentor_that_guesses_is_warned_of(here):
     add_mentors(TEACHER, PEER)
     said = kdcli("check", *CLASSROOM, *TINY)
     assert f"warning: {TEACHER} scores" in said.out
-    assert "guessing 10.00 %" in said.out
+    assert "guessing scores 10.00 %" in said.out
     assert len(kdcli("check", *CLASSROOM, *TINY, "--json").json["warnings"]) == 2
     assert not (here / "runs").exists()
 
@@ -66,7 +66,7 @@ def test_every_phase_is_tried_and_counted(method: str, sets: list[str], epochs: 
     options = [word for one in sets for word in ("--set", one)]
     alone = ["--teacher", TEACHER, "--student", STUDENT, "--data", "digits", "--method", method]
     said = kdcli("check", *alone, *TINY, *options, "--images", "50").out
-    assert f"{epochs} epochs: about" in said
+    assert f"{epochs} epochs, estimated time: " in said
     for phase in phases:
         assert f"one step of phase {phase} (" in " ".join(said.split())
 
@@ -77,10 +77,10 @@ def test_a_recipe_is_checked_and_named_again_in_the_next_line(here):
     kdcli("recipes", "cp", "quickstart", "mine.toml")
     said = kdcli("check", "--recipe", "mine.toml", "--set", "train.lr=0.1")
     assert said.next == "kdcli distill --recipe mine.toml --set train.lr=0.1"
-    assert f"{quickstart.train.epochs} epochs: about" in said.out
+    assert f"{quickstart.train.epochs} epochs, estimated time: " in said.out
 
 
-def test_mentors_are_scored_on_pictures_of_every_class():
+def test_mentors_are_scored_on_images_of_every_class():
     """A folder's pictures come sorted by class: the first few would all be of one."""
     from kdcli.data.dataset import Pixels, Split
     from kdcli.data.views import Views

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_said_once_with_its_exit_code() -> None:
     said = ran("distill", *kit.CLASSROOM, *QUICK, *RANKS, "--set", "train.batch_size=29", "--json", code=2)
     assert said.out == ""
     assert said.err.count("error:") == 1
-    assert "the last batch of 1 images, too few for each of 2 ranks" in said.err
+    assert "the last batch of 1 images has too few for each of 2 ranks" in said.err
     assert "Traceback" not in said.err
     assert not Path("runs").exists()
 
@@ -107,7 +107,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int | str | Non
     """Leave as one rank of two, with a store that both share: how it ended and what it said."""
     board = td.HashStore()
     monkeypatch.setattr(distributed, "store", lambda: board)
-    monkeypatch.setattr(distributed, "expected", lambda: 2)
+    monkeypatch.setattr(distributed, "expected_ranks", lambda: 2)
     monkeypatch.setattr(launch, "GRACE", 0.1)
 
     def ended_itself(code: int) -> None:
@@ -171,7 +171,7 @@ def test_a_command_that_cannot_be_divided_is_refused(rank: Callable, monkeypatch
     monkeypatch.setenv("RANK", "0")
     launch.enter(["--debug", "distill"])
     launch.enter(["--help"])
-    with pytest.raises(RecipeError, match="kdcli export is the work of one process"):
+    with pytest.raises(RecipeError, match="kdcli export runs in one process"):
         launch.enter(["export", "--onnx"])
 
 
@@ -304,9 +304,9 @@ def test_torchrun_does_the_same() -> None:
     assert same("run", "launched")
     assert said.out.count("Next: ") == 1
     said = ran(*args, "--gpus", "3", "--out", "other", module=torchrun, code=1)
-    assert said.err.count("--gpus 3: this process is one of 2 ranks already") == 1
+    assert said.err.count("--gpus 3: this process is already one of 2 ranks") == 1
     said = ran("models", "resnet", module=torchrun, code=1)
-    assert said.err.count("kdcli models is the work of one process") == 1
+    assert said.err.count("kdcli models runs in one process") == 1
 
 
 @needs_proc

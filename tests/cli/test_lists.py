@@ -19,7 +19,7 @@ def test_recipes_ls_lists_every_built_in_one():
 
 def test_recipes_ls_prints_the_published_figure_of_the_recipes_own_method():
     row = next(line for line in kdcli("recipes", "ls", "r110-r20").out.splitlines() if "cifar100/r110-r20" in line)
-    published = recipes.load("cifar100/r110-r20").expect.top1["classroom"]
+    published = recipes.load("cifar100/r110-r20").expect.of("top1")["classroom"]
     assert row.rstrip().endswith(f"{published:.2f}")
 
 

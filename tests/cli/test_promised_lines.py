@@ -1,4 +1,4 @@
-"""The three lines users were promised, exactly as typed (DESIGN section 3), on a made ImageNet of two classes."""
+"""The three lines users were promised, exactly as typed (DESIGN section 3), on a made-up ImageNet of two classes."""
 
 import shlex
 import shutil
@@ -33,7 +33,7 @@ def imagenet(here, monkeypatch):
 
 @pytest.fixture
 def mentors(imagenet):
-    """The three mentors of the line, trained (in name) on these pictures."""
+    """The three mentors of the line, trained (in name) on these images."""
     add_mentors("resnet34", "torchvision:mobilenet_v3_small", "regnetx_004", data="imagenet", image_size=32)
 
 
@@ -63,7 +63,7 @@ def test_the_three_lines_shortened(mentors, here):
 
 @pytest.mark.slow
 def test_the_three_lines_exactly_as_typed(mentors, here, monkeypatch):
-    """Not a letter added: only the built-in recipe the first line starts from is cut to one epoch of few pictures."""
+    """Not a letter added: only the built-in recipe the first line starts from is cut to one epoch of few images."""
     shutil.copytree(shipped("recipes"), here / "recipes")
     built_in = here / "recipes/defaults/imagenet.toml"
     whole = built_in.read_text(encoding="utf-8")
@@ -79,14 +79,14 @@ def test_the_three_lines_exactly_as_typed(mentors, here, monkeypatch):
     follow_on(here)
 
 
-def test_the_first_line_with_too_few_pictures_names_the_cure(mentors):
+def test_the_first_line_with_too_few_images_names_the_cure(mentors):
     said = kdcli(*shlex.split(DISTILL)[1:], "--set", "data.image_size=32", code=2)
     assert "train.batch_size = 512" in said.err
     assert "training set of imagenet, 16 images" in said.err
     assert "--set train.batch_size=" in said.err
 
 
-def test_the_first_line_without_pictures_says_how_to_lay_them_out(here):
+def test_the_first_line_without_images_says_how_to_lay_them_out(here):
     said = kdcli(*shlex.split(DISTILL)[1:], code=3)
     assert "imagenet/train/<class>" in said.err
     assert all(way in said.err for way in ("--data imagenet:DIR", "--data-root", "KDCLI_DATA"))
@@ -124,12 +124,12 @@ def test_pretrained_weights_teach_the_classes_they_share_by_wordnet_id(imagenet,
     ).json
     assert scored["per_class"].keys() == {"tench", "parachute"}
     from kdcli.data import open_data
-    from kdcli.mentors.classroom import seat
+    from kdcli.mentors.classroom import build_classroom
 
     recipe = recipes.Recipe().with_(**{
         "data.name": "imagenet", "data.image_size": 32, "classroom.student": "cifar_resnet8",
         "classroom.teacher": "mobilenetv3_small", "classroom.class_map": "auto",
     })  # fmt: skip
-    teacher = seat(recipe, open_data(recipe.data), torch.device("cpu")).mentors[0]
-    assert teacher.input_size == 224
+    teacher = build_classroom(recipe, open_data(recipe.data), torch.device("cpu")).mentors[0]
+    assert teacher.input_size == (224, 224)
     assert teacher.class_index.tolist() == [0, 701]

@@ -68,10 +68,12 @@ def test_the_bar_leaves_the_end_of_a_training_on_the_screen(monkeypatch, tmp_pat
     """On a terminal the events are shown; elsewhere nothing is printed."""
     from types import SimpleNamespace
 
-    from kdcli.training.loop import Step
-    from kdcli.training.meters import Tally
+    from kdcli.tasks import Classify
+    from kdcli.training.meters import EpochMeter
+    from kdcli.training.session import Step
 
-    learner = SimpleNamespace(name="classroom", tally=Tally())
+    score = SimpleNamespace(value=50.0)
+    learner = SimpleNamespace(name="classroom", meter=EpochMeter(), task=Classify(10), training_score=lambda: score)
     events = [Step(1, 1, n, 2, 8 * n, 1.0 * n, [learner]) for n in (1, 2)]  # pyright: ignore[reportArgumentType]
     with open(tmp_path / "out", "w+") as file:
         monkeypatch.setattr(tables, "console", Console(width=80, force_terminal=True, file=file))
@@ -79,4 +81,4 @@ def test_the_bar_leaves_the_end_of_a_training_on_the_screen(monkeypatch, tmp_pat
         file.seek(0)
         text = file.read()
     assert "2/2" in text
-    assert "epoch 1/1 8 img/s" in text
+    assert "epoch 1/1 8 img/s top-1 50.0%" in text

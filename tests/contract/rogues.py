@@ -1,32 +1,34 @@
-"""Methods that each break one rule of the contract, and some that keep them all. Loaded by file name, as a user's."""
+"""Methods that each break one rule of the contract, and some that keep them all. Loaded by file name, like a user's."""
 
 import random
+from typing import Any
 
 import torch
 from torch import nn
 
-from kdcli.methods import Lesson, Method, Phase, Terms
+from kdcli.methods import Lesson, Method, Need, Phase, Terms
 
 
 class Honest(Method):
-    """Two learners that teach each other and hear the teacher, with an adapter, a memory and noise."""
+    """Two learners that teach each other and learn from the teacher, with an adapter, a memory and noise."""
 
     capturable = False
 
-    def __init__(self, weight: float = 1.0, tau: float = 2.0) -> None:
-        super().__init__()
-        self.weight, self.tau = weight, tau
+    weight: float = 1.0
+    """Weight of the mutual term."""
+    tau: float = 2.0
+    """Temperature of all."""
 
-    def setup(self, room, lesson) -> None:
+    def setup(self, context, lesson) -> None:
         self.adapter = nn.Linear(10, 10)
-        self.peer = room.seat(7, None)
-        self.register_buffer("memory", torch.zeros(10, device=room.device))
+        self.peer = context.new_student(7, None)
+        self.register_buffer("memory", torch.zeros(10, device=context.device))
 
     def learners(self):
-        return {"student": self.room.student, "peer": self.peer}
+        return {"student": self.context.student, "peer": self.peer}
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
-        task, student, peer = lesson.task, lesson.views["student"].out, lesson.views["peer"].out
+        task, student, peer = lesson.task, lesson.outputs["student"].out, lesson.outputs["peer"].out
         both = task.soft(student, peer.detach(), self.tau).mean() + task.soft(peer, student.detach(), self.tau).mean()
         adapted = self.adapter(student.float().tanh())
         noise = torch.randn(adapted.shape, generator=lesson.generator, device=adapted.device)
@@ -43,7 +45,7 @@ class Honest(Method):
 
 
 class Plain(Method):
-    """Cross-entropy, and what a rogue adds to it."""
+    """The loss with the labels, and what a subclass adds to it."""
 
     teachers = 0
 
@@ -116,8 +118,8 @@ class Masks(Plain):
 
 
 class ReadsBuffer(Plain):
-    def setup(self, room, lesson):
-        self.register_buffer("weight", torch.tensor(1e-3, device=room.device))
+    def setup(self, context, lesson):
+        self.register_buffer("weight", torch.tensor(1e-3, device=context.device))
 
     def more(self, lesson):
         return {"size": self.weight.item() * lesson.student.out.float().square().mean()}
@@ -134,9 +136,9 @@ class ReadsEpoch(Plain):
 
 
 class Counts(Plain):
-    """On the host, where it is not saved."""
+    """Counts on the host, where the count is not saved."""
 
-    def setup(self, room, lesson):
+    def setup(self, context, lesson):
         self.calls = 0
 
     def more(self, lesson):
@@ -146,7 +148,7 @@ class Counts(Plain):
 
 class Undetached(Honest):
     def loss(self, lesson, phase):
-        student, peer = lesson.views["student"].out, lesson.views["peer"].out
+        student, peer = lesson.outputs["student"].out, lesson.outputs["peer"].out
         return {**super().loss(lesson, phase), "mutual": lesson.task.soft(student, peer, 1.0).mean()}
 
 
@@ -156,7 +158,7 @@ class Climbs(Plain):
 
 
 class Stubborn(Plain):
-    """The loss falls, but what is learned is not the task."""
+    """The loss falls, but the student does not learn the task."""
 
     def loss(self, lesson, phase):
         wrong = lesson.task.hard(lesson.student.out, (lesson.target + 1) % 10).mean()
@@ -164,19 +166,19 @@ class Stubborn(Plain):
 
 
 class Meddles(Plain):
-    """Teaches a mentor."""
+    """Changes a mentor."""
 
     def after(self, lesson):
         with torch.no_grad():
-            next(self.room.mentors[0].parameters()).mul_(1.01)
+            next(self.context.mentors[0].parameters()).mul_(1.01)
 
 
 class Wakes(Plain):
-    """Makes a mentor a part of itself, which puts it in training mode."""
+    """Registers a mentor as a submodule, which puts it in training mode."""
 
-    def setup(self, room, lesson):
-        if room.mentors:
-            self.borrowed = room.mentors[0].net
+    def setup(self, context, lesson):
+        if context.mentors:
+            self.borrowed = context.mentors[0].net
 
 
 class Reaches(Honest):
@@ -191,20 +193,20 @@ class Reaches(Honest):
 
 
 class Lazy(Plain):
-    """Names a learner that nothing teaches."""
+    """Names a learner that no term reaches."""
 
-    def setup(self, room, lesson):
+    def setup(self, context, lesson):
         self.extra = nn.Linear(4, 4)
 
     def learners(self):
-        return {"student": self.room.student, "extra": self.extra}
+        return {"student": self.context.student, "extra": self.extra}
 
 
 class Forgets(Plain):
-    """A moving average that is no buffer."""
+    """A moving average that is not a buffer."""
 
-    def setup(self, room, lesson):
-        self.average = torch.zeros(10, device=room.device)
+    def setup(self, context, lesson):
+        self.average = torch.zeros(10, device=context.device)
 
     def more(self, lesson):
         return {"size": 1e-2 * (lesson.student.out.float() - self.average).square().mean()}
@@ -224,7 +226,7 @@ class ClassNumbers(Plain):
 
 
 class Refuses(ClassNumbers):
-    needs = frozenset({"hard_target"})
+    needs = frozenset({Need.HARD_TARGET})
 
 
 class Couples(Plain):
@@ -234,13 +236,13 @@ class Couples(Plain):
 
 
 class Declares(Couples):
-    needs = frozenset({"full_batches"})
+    needs = frozenset({Need.FULL_BATCHES})
 
 
 class Divides(Plain):
     """The unbiased variance of one image is 0 / 0."""
 
-    needs = frozenset({"full_batches"})
+    needs = frozenset({Need.FULL_BATCHES})
 
     def more(self, lesson):
         return {"spread": 1e-2 * lesson.student.out.float().var(0).mean()}
@@ -252,23 +254,22 @@ class TwoMentors(Plain):
 
 
 class Untyped(Plain):
-    def __init__(self, weight=1.0) -> None:
-        super().__init__()
+    weight: Any = 1.0
 
 
 class Ships(Plain):
-    """Another than it scored: a part that the kept file has no place for."""
+    """The graduate has a layer that the saved file does not hold."""
 
     def graduate(self):
-        return self.room.student.with_net(nn.Sequential(self.room.student.net, nn.Linear(10, 3)))
+        return self.context.student.with_net(nn.Sequential(self.context.student.net, nn.Linear(10, 3)))
 
 
 class Draws(Plain):
-    """From its lesson's generator, as TeKAP's noisy mentors do."""
+    """Draws noise from its lesson's generator."""
 
     def more(self, lesson):
         return {"noise": torch.randn((), generator=lesson.generator, device=lesson.student.out.device)}
 
 
 class Paired(Divides):
-    needs = frozenset({"full_batches", "pairs"})
+    needs = frozenset({Need.FULL_BATCHES, Need.PAIRS})

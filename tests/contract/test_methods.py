@@ -1,7 +1,7 @@
-"""What every method must pass (DESIGN section 8), with every set of options that changes what it computes.
+"""The contract for every method, with every set of options that changes what it computes.
 
-The checks are kdcli.workflows.method_contract's, which `kdcli check --method` runs too. A method that is added to
-`kdcli.methods.METHODS` is tested here from then on; give it a line in OPTIONS when its options select between
+The checks are those of kdcli.workflows.method_contract, which `kdcli check --method` runs too. A method that is added
+to `kdcli.methods.METHODS` is tested here automatically; give it a line in OPTIONS if its options select between
 equations.
 """
 
@@ -16,8 +16,8 @@ import torch
 from kdcli import methods
 from kdcli.errors import RecipeError
 from kdcli.methods import METHODS
-from kdcli.workflows import method_contract
-from kdcli.workflows.method_contract import CHECKS, Idle, Toy, teach
+from kdcli.workflows.method_contract import CHECKS, Broken, Idle, Toy
+from kdcli.workflows.toy_classroom import fingerprint, remade, train
 
 CHOICES: dict[str, list[Any]] = {
     "ranking": ["batch", "sample", "position"],
@@ -56,44 +56,38 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "okddip": [{}, {"form": "networks"}],
     "ffl": [{}, {"form": "networks"}],
 }
-"""A method's sets of options, the defaults first; one that is not named has the defaults alone."""
-GRID = [  # all of ClassroomKD's combinations but those that differ in an option that another makes idle
+"""Sets of options of a method, the defaults first; a method that is not listed has only the defaults."""
+GRID = [  # all combinations of ClassroomKD's options, except those that differ in an option without effect
     one
     for values in itertools.product(*CHOICES.values())
     for one in [dict(zip(CHOICES, values, strict=True))]
     if (one["ranking"] != "sample" or one["mark_mean"] == "geometric")
     and (one["mentoring"] != "fixed" or one["gap"] == "max")
 ]
-ONCE = {"options are checked", "so does its moving average", "the graduate is what ships"}
-"""Checks that other options would not change."""
-IDLE = {  # check -> of whom it says nothing; of everybody else it must
-    "no step waits for the GPU": set(METHODS),  # tests/gpu puts them to it
-    "peers may be swapped": set(METHODS) - set(method_contract.SYMMETRIC)
-    | {"tekap"},  # whose other forms hear features
-    "peers' targets are detached": set(METHODS) - {"dml"},  # branches of one network are no learners of their own
-    "steps are alike": {"dkd", "ctkd", "dtkd", "disk", "one", "okddip", "ffl"},  # they ramp something up
-    "micro-batches": {
-        "tekap",
-        "kd",
-        "disk",
-        "dgkd",
-    },  # noise; kd with tekap around it; DGKD leaves mentors out by chance
+ONCE = {"options are typed", "the graduate is what ships"}
+"""Checks whose result does not depend on the options."""
+IDLE = {  # check -> the methods that it may not apply to; it must apply to all others
+    "no step waits for the GPU": set(METHODS),  # tests/gpu runs it
+    "peers' targets are detached": set(METHODS) - {"dml"},  # branches of one network are not learners
+    "steps are alike": {"dkd", "ctkd", "dtkd", "disk", "one", "okddip", "ffl"},  # their weights change over epochs
+    "micro-batches": {"tekap", "kd", "disk", "dgkd"},  # noise (kd: with tekap); DGKD draws which mentors it leaves out
+    "mixup": set(),
 }
-THROUGH = [  # whose equations let a gradient through what a learner is to the others
+THROUGH = [  # whose equations let gradient flow into the targets of other learners
     ("dml", {"variant": "official"}),
     ("okddip", {"form": "networks"}),  # its attention learns through the targets
     ("ffl", {"form": "networks"}),  # its fusion learns from all of them
 ]
-NEGATIVE = {"vid"}  # a log-likelihood may be; no other equation here can
+NEGATIVE = {"vid"}  # a log-likelihood; the terms of all others are not negative
 
 
 @cache
-def toy() -> Toy:
-    return Toy(torch.device("cpu"))
+def toy(task: str = "classify") -> Toy:
+    return Toy(torch.device("cpu"), task)
 
 
 def sets(of: dict[str, list[dict[str, Any]]], once: bool = False) -> list[Any]:
-    """Every method with each of its option sets, or with the first alone."""
+    """Every method with each of its option sets, or with the first one only."""
     every = [(name, one) for name in METHODS for one in of.get(name, [{}])[: 1 if once else None]]
     return [pytest.param(name, one, id="-".join([name, *map(str, one.values())])) for name, one in every]
 
@@ -108,18 +102,56 @@ CASES = [
 @pytest.mark.parametrize(("check", "name", "options"), CASES)
 def test_contract(check, name, options):
     if check == "peers' targets are detached" and (name, options) in THROUGH:
-        with pytest.raises(method_contract.Broken, match="sends a gradient to"):
+        with pytest.raises(Broken, match="sends a gradient to"):
             toy().put(CHECKS[check], name, options)
         return
     try:
         toy().put(CHECKS[check], name, options)
     except Idle as why:
         if name not in IDLE.get(check, ()):
-            pytest.fail(f"says nothing of {name}: {why}")
+            pytest.fail(f"does not apply to {name}: {why}")
+
+
+MULTILABEL = [
+    case for case in sets({**OPTIONS, "classroom": CLASSROOM[:4]}) if "multilabel" in methods.build(*case.values).tasks
+]
 
 
 @pytest.mark.parametrize(
-    "check", ["terms are finite scalars", "extreme answers stay finite", "nothing is read back to the host"]
+    "check",
+    ["terms are finite scalars", "extreme outputs stay finite", "the loss falls", "only learners learn",
+     "micro-batches", "the graduate is what ships"],
+)  # fmt: skip
+@pytest.mark.parametrize(("name", "options"), MULTILABEL)
+def test_multilabel(check, name, options):
+    """Targets [B, K] with several classes an image: every method that is not only for classification trains on them."""
+    if (check, name) == ("the graduate is what ships", "classroom") and options:
+        pytest.skip("the options change nothing in it")
+    try:
+        toy("multilabel").put(CHECKS[check], name, options)
+    except Idle as why:
+        if name not in IDLE.get(check, ()):
+            pytest.fail(f"does not apply to {name}: {why}")
+
+
+def test_the_methods_for_classification_alone_are_those_with_a_softmax_over_classes():
+    alone = {name for name in METHODS if methods.build(name, {}).tasks == {"classify"}}
+    assert alone == {
+        "dkd", "nkd", "dist", "wsld", "dtkd", "mlkd", "ebkd", "camkd", "aekd", "disk", "ofa", "shake", "crd",
+        "dml", "one", "okddip", "ffl",
+    }  # fmt: skip
+    for name, options in (
+        ("classroom", {"mentoring": "dtkd"}),
+        ("tekap", {"parts": "features"}),
+        ("tekap", {"parts": "both"}),
+    ):
+        assert methods.build(name, options).tasks == {"classify"}
+    with pytest.raises(RecipeError, match="method dkd is for classify, not for task = 'multilabel'"):
+        toy("multilabel").learner("dkd", {})
+
+
+@pytest.mark.parametrize(
+    "check", ["terms are finite scalars", "extreme outputs stay finite", "nothing is read back to the host"]
 )
 @pytest.mark.parametrize("options", GRID, ids=lambda o: "-".join(o.values()))
 def test_every_combination_of_classroom_options(check, options):
@@ -132,7 +164,7 @@ def test_terms_are_not_negative(name, options):
         pytest.skip("a log-likelihood")
     subject = toy().subject(name, options)
     for phase, given in subject.lessons:
-        lesson = method_contract.remade(given)
+        lesson = remade(given)
         for key, value in subject.terms(phase, lesson).items():
             assert value >= -1e-4, key
         if name == "classroom":
@@ -194,46 +226,38 @@ def test_a_whole_number_will_do_for_a_fraction():
 def test_noise_is_a_function_of_seed_and_step():
     name = f"{Path(__file__).parent / 'rogues.py'}:Draws"
     given = toy().batches(toy().learner(name, {}), 3)
-    here = [terms["noise"] for terms in teach(toy().learner(name, {}), given)]
+    here = [terms["noise"] for terms in train(toy().learner(name, {}), given)]
     assert len(set(here)) == 3
     torch.randn(9)
-    late = toy().learner(name, {})  # has drawn nothing before this step
-    assert teach(late, given[2:], first=2)[0]["noise"] == here[2]
-    assert teach(toy().learner(name, {}, seed=1), given[:1])[0]["noise"] != here[0]
+    late = toy().learner(name, {})  # which has drawn nothing before this step
+    assert train(late, given[2:], first=2)[0]["noise"] == here[2]
+    assert train(toy().learner(name, {}, seed=1), given[:1])[0]["noise"] != here[0]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_learner_begins_where_its_seed_says(seed):
+def test_the_seed_alone_decides_a_learners_first_weights(seed):
     one, two, other = (toy().learner(who, {}, seed=n) for who, n in (("kd", seed), ("aver", seed), ("kd", seed + 1)))
-    assert method_contract.fingerprint([one.student]) == method_contract.fingerprint([two.student])
-    assert method_contract.fingerprint([one.student]) != method_contract.fingerprint([other.student])
+    assert fingerprint([one.student]) == fingerprint([two.student])
+    assert fingerprint([one.student]) != fingerprint([other.student])
 
 
-def test_the_control_hears_nobody():
+def test_the_control_has_only_the_labels():
     one = toy().learner("nokd", {}, mentors=0)
-    assert set(teach(one, toy().batches(one, 1))[0]) == {"hard"}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_mentors_that_are_missing_are_asked_for_by_their_flag(name):
-    if methods.find(name).teachers:
-        with pytest.raises(RecipeError, match=f"method {name} learns from mentors") as caught:
-            toy().learner(name, {}, mentors=0)
-        assert "--teacher" in caught.value.hint
+    assert set(train(one, toy().batches(one, 1))[0]) == {"hard"}
 
 
 @pytest.mark.parametrize("options", CLASSROOM, ids=lambda o: "-".join(map(str, o.values())))
-def test_what_classroom_logs_goes_by_the_models_names(options):
+def test_classroom_logs_under_the_models_names(options):
     one = toy().learner("classroom", options)
-    for step, (batch, taught) in enumerate(toy().batches(one, 2)):
-        one.step(batch, taught, 0, step, step)
+    for step, (batch, outputs) in enumerate(toy().batches(one, 2)):
+        one.step(batch, outputs, 0, step, step)
     row = one.row(1, {})
     mentors = [member.name for member in one.classroom.mentors]
     whole = ["student", *mentors]
     assert len(mentors) == 3
     assert {key for key in row if key.startswith("rank/")} == {f"rank/{who}" for who in whole}
     assert {key for key in row if key.startswith("active/")} == {f"active/{who}" for who in mentors}
-    assert row["active/mentor0"] == 1  # it is a classroom in which something is at play
+    assert row["active/mentor0"] == 1  # it is a classroom in which somebody is active
     if options.get("ranking") != "sample" and options.get("filter") != "none" and "mark_mean" not in options:
         assert row["active/mentor2"] == 0
     if options.get("ranking") != "position" and options.get("variant") != "official":

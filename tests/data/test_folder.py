@@ -1,6 +1,7 @@
-"""Folders of images: real ImageNet pictures, odd files, bad files, workers that change nothing."""
+"""Folders of images: real ImageNet images, odd files, bad files."""
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from kdcli.data import AUGMENTS, Stream, listing, open_data
+from kdcli.data import AUGMENTS, Stream, available, open_data
 from kdcli.data.dataset import Pixels
 from kdcli.data.workers import Files
 from kdcli.errors import DataError, KdcliError
@@ -16,7 +17,8 @@ from kdcli.recipe import DataConfig
 
 
 def opened(path, kind="folder", **keys):
-    return open_data(DataConfig(name=f"{kind}:{path}", **({"workers": 0, "image_size": 32} | keys)))
+    settings: dict[str, Any] = {"workers": 0, "image_size": 32} | keys
+    return open_data(DataConfig(name=f"{kind}:{path}", **settings))
 
 
 def refused(path, kind="folder", **keys) -> KdcliError:
@@ -28,10 +30,10 @@ def refused(path, kind="folder", **keys) -> KdcliError:
 
 
 def same(a, b):
-    return all(getattr(a, k).equal(getattr(b, k)) for k in ("pixels", "target", "index", "view"))
+    return all(getattr(a, k).equal(getattr(b, k)) for k in ("images", "target", "index", "view"))
 
 
-# --- real pictures
+# --- real images
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +43,7 @@ def imagenette(shared):
 
 def test_imagenet_real(imagenette):
     data = open_data(DataConfig(name=f"imagenet:{imagenette}", workers=0))
-    assert (len(data.train), len(data.test), data.image_size, data.augment) == (1500, 500, 224, "imagenet")
+    assert (len(data.train), len(data.test), data.image_size, data.augment) == (1500, 500, (224, 224), "imagenet")
     assert data.wnids is not None
     assert data.wnids[0] == "n01440764"
     assert data.classes[:4] == ["tench", "English springer", "cassette player", "chain saw"]
@@ -49,11 +51,11 @@ def test_imagenet_real(imagenette):
     assert data.views is None
     assert {"data.image_size", "data.hash", "data.augment"} <= {key for key, _, _ in data.notes}
     path = next(iter(sorted((imagenette / "val" / "n01440764").iterdir())))
-    picture = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
-    assert data.test.take(1)[0].mul(255).round().byte().equal(v2.CenterCrop(224)(v2.Resize(256)(picture)))
+    image = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
+    assert data.test.take(1)[0].mul(255).round().byte().equal(v2.CenterCrop(224)(v2.Resize(256)(image)))
     batch = next(Stream(data, 8, seed=0).epoch(0))
-    assert batch.pixels.shape == (8, 3, 224, 224)
-    assert Stream(data, 8, seed=0).again(batch.index, batch.view).equal(batch.pixels)
+    assert batch.images.shape == (8, 3, 224, 224)
+    assert Stream(data, 8, seed=0).again(batch.index, batch.view).equal(batch.images)
 
 
 def test_bare_imagenet_is_looked_for_in_the_data_root(imagenette, tmp_path, monkeypatch):
@@ -67,7 +69,7 @@ def test_bare_imagenet_is_looked_for_in_the_data_root(imagenette, tmp_path, monk
     (tmp_path / "imagenet").symlink_to(imagenette)
     under = open_data(DataConfig(name="imagenet", root=str(tmp_path)))
     assert itself.hash == under.hash
-    row = next(r for r in listing(str(tmp_path)) if r["name"] == "imagenet")
+    row = next(r for r in available(str(tmp_path)) if r["name"] == "imagenet")
     assert (row["images"], row["classes"], row["present"]) == (2000, 10, True)
 
 
@@ -78,7 +80,7 @@ def test_bare_imagenet_is_looked_for_in_the_data_root(imagenette, tmp_path, monk
 def test_kept_in_memory_or_streamed_the_pixels_are_the_same(folder, augment, monkeypatch):
     path = folder(n=6)
     kept = opened(path, augment=augment)
-    monkeypatch.setattr("kdcli.data.sources.CACHE_BYTES", 0)
+    monkeypatch.setattr("kdcli.data.opening.CACHE_BYTES", 0)
     streamed = opened(path, augment=augment)
     assert isinstance(kept.train.store, Pixels)
     assert isinstance(streamed.train.store, Files)
@@ -90,10 +92,10 @@ def test_kept_in_memory_or_streamed_the_pixels_are_the_same(folder, augment, mon
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("size", [(40, 30), (7, 90)])
-def test_any_picture_arrives_square_and_in_colour(folder, mode, size):
+def test_any_image_arrives_square_and_in_colour(folder, mode, size):
     data = opened(folder(mode=mode, size=size), image_size=48)
     assert data.train.take(2).shape == (2, 3, 48, 48)
-    assert next(Stream(data, 4, seed=0).epoch(0)).pixels.shape == (4, 3, 48, 48)
+    assert next(Stream(data, 4, seed=0).epoch(0)).images.shape == (4, 3, 48, 48)
     assert data.wnids is None
     assert data.classes == ["ant", "bee"]
     assert data.mean == pytest.approx((0.5, 0.5, 0.5), abs=0.05)  # noise; measured
@@ -108,7 +110,9 @@ def test_one_folder_is_split_by_name(folder):
     again = opened(path)
     assert again.hash == data.hash
     assert again.test.take(8).equal(data.test.take(8))
-    files = [set(p.files.tolist()) for p in opened(path, augment="imagenet").train.store.readers.decoder.parts]
+    store = opened(path, augment="imagenet").train.store
+    assert isinstance(store, Files)
+    files = [set(p.files.tolist()) for p in store.readers.decoder.parts]  # pyright: ignore
     assert not files[0] & files[1]
     assert len(files[0] | files[1]) == 40
 
@@ -151,7 +155,7 @@ def spoil(path):
     cut, text = path / "train" / "ant" / "cut.jpg", path / "train" / "bee" / "words.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, good.shape, dtype=np.uint8)).save(cut)
     cut.write_bytes(cut.read_bytes()[:-700])
-    text.write_text("not a picture")
+    text.write_text("not an image")
     return cut, text
 
 
@@ -179,8 +183,8 @@ def test_corrupt_files_can_be_skipped(folder):
 def test_in_a_large_folder_a_corrupt_file_stops_at_first_touch(folder, workers, monkeypatch):
     path = folder()
     cut, _ = spoil(path)
-    monkeypatch.setattr("kdcli.data.sources.QUICK_CHECK", 3)
-    monkeypatch.setattr("kdcli.data.sources.SAMPLE", 2)
+    monkeypatch.setattr("kdcli.data.folder.QUICK_CHECK", 3)
+    monkeypatch.setattr("kdcli.data.opening.SAMPLE", 2)
     data = opened(path, workers=workers, image_size=72)
     with pytest.raises(DataError, match="not decode") as error:
         list(data.train.plain(7))
@@ -207,7 +211,7 @@ def test_layout_faults(folder, tmp_path):
     for name in ("ant", "bee"):
         for file in (path / "val" / name).iterdir():
             file.unlink()
-    assert "no image files in val/" in refused(path).message
+    assert "no image files in class folders of val/" in refused(path).message
 
 
 def test_no_permission(folder, monkeypatch):

@@ -15,7 +15,7 @@ def data(npz):
 
 
 def same(a, b):
-    return all(getattr(a, k).equal(getattr(b, k)) for k in ("pixels", "target", "index", "view"))
+    return all(getattr(a, k).equal(getattr(b, k)) for k in ("images", "target", "index", "view"))
 
 
 def test_an_epoch_is_a_permutation_with_its_targets(data):
@@ -27,8 +27,8 @@ def test_an_epoch_is_a_permutation_with_its_targets(data):
     assert index.equal(stream.order(2))
     assert index.sort().values.equal(torch.arange(50))
     assert torch.cat([b.target for b in batches]).equal(data.train.targets[index])
-    assert batches[0].pixels.dtype == torch.float32
-    assert 0 <= batches[0].pixels.min() <= batches[0].pixels.max() <= 1
+    assert batches[0].images.dtype == torch.float32
+    assert 0 <= batches[0].images.min() <= batches[0].images.max() <= 1
     assert batches[0].target.dtype == batches[0].index.dtype == batches[0].view.dtype == torch.int64
 
 
@@ -58,11 +58,11 @@ def test_again_is_what_the_epoch_yielded(npz, augment):
     assert data.augment == augment
     stream = Stream(data, 16, seed=1)
     for batch in stream.epoch(5):
-        assert stream.again(batch.index, batch.view).equal(batch.pixels)
+        assert stream.again(batch.index, batch.view).equal(batch.images)
         if data.views is not None:
             assert batch.view.max() < data.views
     few = batch.index[:3], batch.view[:3]
-    assert stream.again(*few).equal(batch.pixels[:3])
+    assert stream.again(*few).equal(batch.images[:3])
 
 
 def test_a_subset_keeps_its_samples_views(npz):
@@ -71,9 +71,9 @@ def test_a_subset_keeps_its_samples_views(npz):
     assert (len(whole.train), len(part.train)) == (80, 20)
     named = {}
     for batch in Stream(whole, 16, seed=0).epoch(1):
-        named |= dict(zip(batch.index.tolist(), zip(batch.view.tolist(), batch.pixels, strict=True), strict=True))
+        named |= dict(zip(batch.index.tolist(), zip(batch.view.tolist(), batch.images, strict=True), strict=True))
     for batch in Stream(part, 10, seed=0).epoch(1):
-        for index, view, pixels in zip(batch.index.tolist(), batch.view.tolist(), batch.pixels, strict=True):
+        for index, view, pixels in zip(batch.index.tolist(), batch.view.tolist(), batch.images, strict=True):
             assert view == named[index][0]
             assert pixels.equal(named[index][1])
 
@@ -104,8 +104,8 @@ def test_mixing_pairs_images_and_leaves_numpy_alone(npz):
     torch.testing.assert_close(batch.target.sum(1), torch.ones(8))
     plain = stream.again(batch.index, batch.view)
     labels = torch.nn.functional.one_hot(data.train.targets[batch.index], 5).float() * 0.9 + 0.02
-    share = ((batch.pixels - plain.flip(0)) / (plain - plain.flip(0))).nanmedian()  # lambda, read off the pixels
-    torch.testing.assert_close(batch.pixels, plain * share + plain.flip(0) * (1 - share), atol=1e-5, rtol=1e-4)
+    share = ((batch.images - plain.flip(0)) / (plain - plain.flip(0))).nanmedian()  # lambda, read off the pixels
+    torch.testing.assert_close(batch.images, plain * share + plain.flip(0) * (1 - share), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(batch.target, labels * share + labels.flip(0) * (1 - share), atol=1e-5, rtol=1e-4)
     with pytest.raises(RecipeError, match="must be even"):
         Stream(data, 7, seed=0, cutmix=1.0)
@@ -117,7 +117,7 @@ def test_smoothing_is_not_the_streams_business_without_mixing(data):
 
 def test_batch_moves(data):
     batch = next(Stream(data, 16, seed=0).epoch(0)).to("meta")
-    assert {batch.pixels.device.type, batch.target.device.type, batch.index.device.type} == {"meta"}
+    assert {batch.images.device.type, batch.target.device.type, batch.index.device.type} == {"meta"}
 
 
 @pytest.mark.gpu
@@ -125,5 +125,5 @@ def test_cuda_stream_is_the_cpu_stream(npz):
     config = DataConfig(name=f"npz:{npz(n=64)}")
     here, there = open_data(config), open_data(config, device="cuda")
     for a, b in zip(Stream(here, 16, seed=0).epoch(1), Stream(there, 16, seed=0, device="cuda").epoch(1), strict=True):
-        assert b.pixels.is_cuda
+        assert b.images.is_cuda
         assert same(a, b.to("cpu"))

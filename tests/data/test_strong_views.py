@@ -7,8 +7,9 @@ from torchvision.transforms import v2
 
 from kdcli.data import AUGMENTS, Batch, Stream, open_data
 from kdcli.data.dataset import Pixels
+from kdcli.data.folder import read
 from kdcli.data.views import Views
-from kdcli.data.workers import Files
+from kdcli.data.workers import Files, Readers
 from kdcli.errors import RecipeError
 from kdcli.recipe import DataConfig
 from kdcli.system import distributed, shards
@@ -31,12 +32,12 @@ def test_a_second_view_beside_the_same_first_one(npz, augment):
     plain, both = Stream(data, 16, seed=1), Stream(data, 16, seed=1, strong=True)
     for one, two in zip(plain.epoch(2), both.epoch(2), strict=True):
         assert one.strong is None
-        assert all(getattr(one, k).equal(getattr(two, k)) for k in ("pixels", "target", "index", "view"))
+        assert all(getattr(one, k).equal(getattr(two, k)) for k in ("images", "target", "index", "view"))
         assert two.strong is not None
-        assert two.strong.shape == two.pixels.shape
+        assert two.strong.shape == two.images.shape
         assert two.strong.dtype == torch.float32
         assert 0 <= two.strong.min() <= two.strong.max() <= 1
-        changed = (two.strong != two.pixels).flatten(1).any(1)
+        changed = (two.strong != two.images).flatten(1).any(1)
         assert changed.float().mean() > 0.8  # an identity may be drawn, rarely
         again = data.train.store.strong().batches(two.index, Views.named_strong(two.index, two.view), 40, "cpu")
         assert next(again).equal(two.strong)
@@ -84,19 +85,16 @@ def test_it_is_the_presets_crop_and_flip_then_randaugment():
 
 
 @pytest.mark.parametrize("augment", ["crop-flip", "imagenet", "disk"])
-@pytest.mark.parametrize(("kind", "workers"), [("threads", 2), ("processes", 2), ("threads", 0)])
-def test_readers_of_files_draw_what_memory_holds(folder, augment, kind, workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_readers_of_files_draw_what_memory_holds(folder, augment, workers):
     root = folder(n=12, size=(36, 36))
-    config = DataConfig(name=f"folder:{root}", augment=augment, image_size=32, readers=kind, workers=workers)
+    config = DataConfig(name=f"folder:{root}", augment=augment, image_size=32, workers=workers)
     data = open_data(config)
     store = data.train.store
     files = store if isinstance(store, Files) else None
     if files is None:  # small enough to be kept in memory: read it as files all the same
-        from kdcli.data import sources
-
-        listed = sources.listed(config, [])
-        readers = sources._readers(config, (listed.train, listed.test), Views(augment, 32))
-        files = Files(readers, 0)
+        listed = read(config, [])
+        files = Files(Readers((listed.train, listed.test), Views(augment, 32), workers), 0)
     index = torch.arange(24)
     names = Views.named_strong(index, files.views.draw(0, 0, index))
     drawn = torch.cat(list(files.strong().batches(index, names, 10, "cpu")))
@@ -127,14 +125,14 @@ def test_mixed_images_are_refused(data, mix):
 def test_micro_batches_and_devices_keep_it(data):
     batch = next(Stream(data, 10, seed=0, strong=True).epoch(0))
     assert batch.strong is not None
-    part = shards.micro(batch, 4, 8)
+    part = batch.micro(4, 8)
     assert part.strong is not None
     assert part.strong.equal(batch.strong[4:8])
     moved = batch.to("cpu")
     assert moved.strong is not None
     assert moved.strong.equal(batch.strong)
     bare = next(Stream(data, 10, seed=0).epoch(0))
-    assert shards.micro(bare, 4, 8).strong is None
+    assert bare.micro(4, 8).strong is None
     assert bare.to("cpu").strong is None
 
 
@@ -144,13 +142,13 @@ def test_each_rank_draws_its_own_rows(data, monkeypatch):
     monkeypatch.setattr(distributed, "alone", lambda: False)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shards._layout.cache_clear()
+        shards.layout.cache_clear()
         for own, batch in zip(Stream(data, 14, seed=3, strong=True).epoch(1), alone, strict=True):
             rows = [batch.index.tolist().index(i) for i in own.index.tolist()]
             assert own.strong is not None
             assert batch.strong is not None
             assert own.strong.equal(batch.strong[rows])
-            part = shards.micro(own, 0, 6)
+            part = own.micro(0, 6)
             assert part.strong is not None
             assert part.strong.equal(own.strong[: len(part.index)])
-    shards._layout.cache_clear()
+    shards.layout.cache_clear()

@@ -68,8 +68,8 @@ def test_a_limited_stream_draws_what_it_names(npz, augment: str) -> None:
             assert batch.host is not None
             assert batch.host[0].equal(batch.index)
             assert batch.host[1].equal(batch.view)
-            assert stream.again(batch.index, batch.view).equal(batch.pixels)
-            for index, view, pixels in zip(batch.index.tolist(), batch.view.tolist(), batch.pixels, strict=True):
+            assert stream.again(batch.index, batch.view).equal(batch.images)
+            for index, view, pixels in zip(batch.index.tolist(), batch.view.tolist(), batch.images, strict=True):
                 assert seen.setdefault(index, {}).setdefault(view, pixels).equal(pixels)
     assert max(len(views) for views in seen.values()) == 3
     different = [views for views in seen.values() if len(views) > 1]

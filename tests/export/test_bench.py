@@ -1,4 +1,4 @@
-"""Files are timed in turn, on the threads asked for; the numbers are what the clock said."""
+"""Files are timed in turn, on the given threads; the figures are what the clock measured."""
 
 from pathlib import Path
 
@@ -6,16 +6,16 @@ import numpy as np
 import onnx
 import pytest
 
-import kdcli.export.bench as room
+import kdcli.export.bench as module
 from kdcli.errors import KdcliError, WeightsError
 from kdcli.export.bench import Timing, bench
 
 
-def write(path: Path, batch: str | int = "n", size: int = 8) -> Path:
+def write(path: Path, batch: str | int = "n", size: tuple[int, int] = (8, 8)) -> Path:
     """The smallest file that kdcli reads: each channel's mean."""
     value = onnx.helper.make_tensor_value_info
     ends = (
-        [value("pixels", onnx.TensorProto.FLOAT, [batch, 3, size, size])],
+        [value("pixels", onnx.TensorProto.FLOAT, [batch, 3, *size])],
         [value("logits", onnx.TensorProto.FLOAT, [batch, 3])],
     )
     axes = onnx.helper.make_tensor("axes", onnx.TensorProto.INT64, [2], [2, 3])
@@ -30,19 +30,20 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ms = 0.0
-        monkeypatch.setattr(room.time, "perf_counter", lambda: self.ms / 1e3)
-        monkeypatch.setattr(room.time, "perf_counter_ns", lambda: round(self.ms * 1e6))
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.ms / 1e3)
+        monkeypatch.setattr(module.time, "perf_counter_ns", lambda: round(self.ms * 1e6))
 
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """bench on models that take as long as they say, and the log of their calls."""
+    """bench on models that take a set time, and the log of their calls."""
     clock, calls, made = Clock(monkeypatch), [], {}
     takes = {"a": lambda i: 1.0 + i, "b": lambda i: 10.0, "c": lambda i: 100.0}
 
     class Fake:
         def __init__(self, path, *, threads):
-            self.path, self.batch, self.input_size, self.size, self.provider = Path(path), None, 4, 7, "FakeProvider"
+            self.path, self.batch, self.size, self.provider = Path(path), None, 7, "FakeProvider"
+            self.input_size = (4, 6)
             made[self.path.stem] = threads
 
         def run(self, pixels):
@@ -50,7 +51,7 @@ def fakes(monkeypatch):
             calls.append((name, pixels.shape, pixels.dtype))
             clock.ms += takes[name](sum(c[0] == name for c in calls) - 1)
 
-    monkeypatch.setattr(room, "OnnxModel", Fake)
+    monkeypatch.setattr(module, "open_file", Fake)
     return calls, made
 
 
@@ -80,11 +81,11 @@ def test_percentiles_and_throughput_leave_the_warm_up_out(fakes):
     assert (b.p50, b.p90, b.p99) == pytest.approx((10.0, 10.0, 10.0))
 
 
-def test_threads_batch_and_pictures_reach_the_models(fakes):
+def test_threads_batch_and_images_reach_the_models(fakes):
     calls, made = fakes
     timings = bench(paths("ab"), batch=3, threads=5, warmup=0, runs=2)
     assert made == {"a": 5, "b": 5}
-    assert {c[1:] for c in calls} == {((3, 3, 4, 4), np.dtype(np.float32))}
+    assert {c[1:] for c in calls} == {((3, 3, 4, 6), np.dtype(np.float32))}
     assert [(t.name, t.threads, t.batch, t.runs, t.provider, t.size) for t in timings] == [
         ("a", 5, 3, 2, "FakeProvider", 7),
         ("b", 5, 3, 2, "FakeProvider", 7),
@@ -95,13 +96,13 @@ def test_seconds_end_the_rounds_early(fakes):
     (c,) = bench(paths("c"), runs=1000, seconds=2.0)
     assert c.runs == 20  # of 100 ms each
     (c,) = bench(paths("c"), runs=1000, seconds=0.1)
-    assert c.runs == room.FEWEST
+    assert c.runs == module.MIN_ROUNDS
     (c,) = bench(paths("c"), runs=4, seconds=0.1)
     assert c.runs == 4
 
 
 def test_real_files_of_different_sizes(tmp_path):
-    files = {"small": write(tmp_path / "s.onnx"), "large": write(tmp_path / "l.onnx", batch=2, size=12)}
+    files = {"small": write(tmp_path / "s.onnx"), "large": write(tmp_path / "l.onnx", batch=2, size=(12, 20))}
     timings = bench(files, batch=2, threads=1, warmup=1, runs=7)
     assert [t.name for t in timings] == ["small", "large"]
     for timing in timings:
@@ -120,7 +121,7 @@ def test_a_fixed_batch_must_be_met(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"threads": 0}, {"warmup": -1}, {"runs": 0}])
-def test_numbers_that_mean_nothing(tmp_path, wrong):
+def test_numbers_out_of_range(tmp_path, wrong):
     with pytest.raises(KdcliError, match=next(iter(wrong))):
         bench({"a": write(tmp_path / "a.onnx")}, **wrong)
 
@@ -130,3 +131,5 @@ def test_nothing_to_time_and_a_missing_file(tmp_path):
         bench({})
     with pytest.raises(WeightsError, match=r"gone\.onnx"):
         bench({"gone": tmp_path / "gone.onnx"})
+    with pytest.raises(WeightsError, match=r"gone\.pt: .*\.onnx"):
+        bench({"gone": tmp_path / "gone.pt"})

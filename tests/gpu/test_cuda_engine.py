@@ -7,13 +7,14 @@ import torch
 
 from kdcli.data import open_data
 from kdcli.mentors.mentors import Mentors
-from kdcli.models import cards, weights
+from kdcli.models import cards
 from kdcli.recipe import Recipe
 from kdcli.system.cuda_graph import Captured
 from kdcli.training import loop
-from kdcli.training.learner import Learner, card
+from kdcli.training.learner import Learner
 from kdcli.training.run import Run
-from kdcli.workflows import distill
+from kdcli.training.student import card
+from kdcli.workflows import groups
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -33,20 +34,20 @@ def _mentors(_own_home: object) -> None:
     data = open_data(_recipe().data)
     for name in ("cifar_resnet8", "cifar_resnet14"):
         solo = _recipe(**{"classroom.student": name}).with_method("nokd")
-        room = distill.open_room(solo, torch.device("cpu"), mentors=False)[1]
+        room = groups.open_classroom(solo, torch.device("cpu"), mentors=False)
         member = room.student(0)
         for module in member.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 torch.nn.init.uniform_(module.weight, 0.5, 1.5)
         cards.add(member.net.state_dict(), card(member, data, None, 50.0, "test"))
-        assert weights.digest(member.net)
+        assert checkpoint.digest(member.net)
 
 
 def _trained(recipe: Recipe, device: str, folder: object) -> tuple[Learner, list[float]]:
     where = torch.device(device)
-    _, room = distill.open_room(recipe, where)
+    room = groups.open_classroom(recipe, where)
     run = Run(folder / device)  # pyright: ignore
-    session = distill.open_session({"classroom": recipe}, room, run, {"classroom": run})
+    session = groups.open_session({"classroom": recipe}, room, run, {"classroom": run})
     learner = session.learners[0]
     learner.begin_epoch(0, lambda _: iter(()))
     for number, batch in enumerate(session.stream.epoch(0)):
@@ -66,9 +67,9 @@ def test_cuda_agrees_with_the_cpu_in_float32(tmp_path) -> None:
 @pytest.mark.usefixtures("_mentors")
 def test_a_step_never_waits_for_the_device(tmp_path) -> None:
     recipe, where = _recipe(), torch.device("cuda")
-    _, room = distill.open_room(recipe, where)
+    room = groups.open_classroom(recipe, where)
     run = Run(tmp_path / "run")
-    session = distill.open_session({"classroom": recipe}, room, run, {"classroom": run})
+    session = groups.open_session({"classroom": recipe}, room, run, {"classroom": run})
     learner = session.learners[0]
     learner.begin_epoch(0, lambda _: iter(()))
     batches = list(session.stream.epoch(0))
@@ -80,7 +81,7 @@ def test_a_step_never_waits_for_the_device(tmp_path) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     learner.check()
-    assert learner.tally.batches == len(batches)
+    assert learner.meter.batches == len(batches)
 
 
 @pytest.mark.usefixtures("_mentors")
@@ -88,12 +89,12 @@ def test_bfloat16_mentors_and_student_train(tmp_path) -> None:
     recipe = _recipe(**{"train.precision": "bf16", "classroom.precision": "bf16"})
     learner, _ = _trained(recipe, "cuda", tmp_path)
     assert isinstance(learner, Learner)
-    assert learner.tally.means()["term/hard"] > 0
+    assert learner.meter.means()["term/hard"] > 0
 
 
 @pytest.mark.usefixtures("_mentors")
 def test_bfloat16_answers_are_near_float32(tmp_path) -> None:
-    _, room = distill.open_room(_recipe(), torch.device("cuda"))
+    room = groups.open_classroom(_recipe(), torch.device("cuda"))
     batch = next(room.data.test.plain(64, "cuda"))
     exact = Mentors(room.mentors, "fp32", torch.device("cuda")).answer(batch)
     near = Mentors(room.mentors, "bf16", torch.device("cuda")).answer(batch)
@@ -105,10 +106,10 @@ def test_bfloat16_answers_are_near_float32(tmp_path) -> None:
 def _twenty(recipe: Recipe, folder: Path, methods: tuple[str, ...] = ("classroom",)) -> list[list[torch.Tensor]]:
     """The learners' parameters after twenty steps."""
     where = torch.device("cuda")
-    _, room = distill.open_room(recipe, where)
+    room = groups.open_classroom(recipe, where)
     recipes = {name: recipe.with_method(name) for name in methods}
     run = Run(folder)
-    session = distill.open_session(recipes, room, run, {name: Run(folder / name) for name in recipes})
+    session = groups.open_session(recipes, room, run, {name: Run(folder / name) for name in recipes})
     session.settle(0)
     for learner in session.learners:
         learner.begin_epoch(0, lambda _: iter(()))

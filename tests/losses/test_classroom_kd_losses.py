@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli import losses
+from kdcli.losses import classroom_kd as losses
 
 TARGET = [0, 2, 1]
 STUDENT = [[1.0, 0.5, -0.5], [0.2, 0.1, 0.3], [-1.0, 0.0, 1.0]]  # [B, K]

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from kdcli.losses import disk, log_mark, soft_loss
+from kdcli.losses import disk
+from kdcli.losses.classroom_kd import log_mark, soft_loss
 
 STUDENT = [[1.0, 0.5, -0.5, 0.2], [0.2, 0.1, 0.6, -1.0], [-1.0, 0.4, 1.0, 2.0]]
 TEACHER = [[3.0, 0.0, -1.0, 1.0], [-1.0, 0.5, 2.0, 0.0], [0.0, 2.5, -0.5, 1.5]]

@@ -1,11 +1,13 @@
-"""Banks as files: opened, read and written by row, reserved whole, refused when they are not what they say."""
+"""Banks as files: opened, read and written by row, their space reserved, refused when files contradict bank.json."""
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,12 +31,17 @@ def identity(**over: Any) -> dict[str, Any]:
 
 
 def made(**over: Any) -> Path:
-    return bank_files.make(identity(**over), mentor="somebody", dataset="digits")
+    return bank_files.create(identity(**over), mentor="somebody", dataset="digits")
 
 
 def records(bank: Bank, n: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return bank.record.pack(torch.randn(n, CLASSES, generator=generator), None, torch.zeros(n, dtype=torch.int64))
+    return bank.record.pack(torch.randn(n, CLASSES, generator=generator))
+
+
+def share(bank: Bank) -> float:
+    """The share of records that are stored."""
+    return bank_files.describe(bank.path)["filled"]
 
 
 def filled(path: Path, rows: Tensor | None = None) -> Tensor:
@@ -55,10 +62,10 @@ def read(bank: Bank, rows: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("resident", [False, True])
 def test_what_is_put_is_read_and_nothing_else(resident: bool) -> None:
     path = made()
-    assert Bank(path).filled == 0
+    assert share(Bank(path)) == 0
     bank, rows = Bank(path), torch.tensor([5, 0, 119, 7])
     if resident:
-        bank.reside(CPU)
+        bank.load_to(CPU)
     some = records(bank, 4)
     assert not read(bank, rows)[1].any()
     bank.put(rows, some)
@@ -69,10 +76,10 @@ def test_what_is_put_is_read_and_nothing_else(resident: bool) -> None:
         assert found[2].equal(some[0])
         assert found[4].equal(some[1])
         assert one.has(torch.tensor([7, 8, -1])).tolist() == [True, False, False]
-        assert one.filled == 4 / (SAMPLES * VIEWS)
+        assert share(one) == 4 / (SAMPLES * VIEWS)
         assert one.damaged == 0
     late = Bank(path)
-    late.reside(CPU)
+    late.load_to(CPU)
     found, known = read(late, rows)
     assert known.all()
     assert found.equal(some)
@@ -90,7 +97,7 @@ def test_rows_are_named_by_sample_and_slot_and_back() -> None:
     index, view = torch.tensor([0, 29, 3, 3]), torch.tensor([1, 3, 4 * 10**17 + 2, -1])
     rows = bank.rows_of(index, view)
     assert rows.tolist() == [1, 119, 14, -1]
-    back, slots = bank.names_of(rows[:3])
+    back, slots = bank.slots_of(rows[:3])
     assert back.tolist() == [0, 29, 3]
     assert slots.tolist() == [1, 3, 2]
 
@@ -100,7 +107,7 @@ def test_a_bank_of_some_samples_numbers_them_in_order() -> None:
     bank = Bank(made(samples=3), samples)
     rows = bank.rows_of(torch.tensor([11, 4, 5, 999, 999, 0]), torch.tensor([2, 0, 1, 1, -1, 0]))
     assert rows.tolist() == [10, 0, -1, -1, -1, -1]
-    assert bank.names_of(torch.arange(12))[0].tolist() == [4] * 4 + [10] * 4 + [11] * 4
+    assert bank.slots_of(torch.arange(12))[0].tolist() == [4] * 4 + [10] * 4 + [11] * 4
 
 
 def test_a_sample_is_of_known_rows_and_the_same_again() -> None:
@@ -124,19 +131,15 @@ def test_two_who_have_it_open_see_each_others_answers() -> None:
     assert two.has(torch.tensor([1, 2])).all()
 
 
-def test_answers_that_do_not_fit_are_refused_by_name() -> None:
+def test_outputs_beyond_float16_are_refused_with_the_mentors_name() -> None:
     bank = Bank(made())
     out = torch.zeros(2, CLASSES)
     out[1, 0] = 1e5
-    with pytest.raises(DataError, match="somebody answers with numbers") as caught:
-        bank.put(torch.tensor([0, 1]), bank.record.pack(out, None, torch.tensor([0, 0])))
+    with pytest.raises(DataError, match="mentor somebody gave outputs that float16 cannot hold") as caught:
+        bank.put(torch.tensor([0, 1]), bank.record.pack(out))
     assert caught.value.exit_code == 3
-    assert "bank_top" in caught.value.hint
-    assert "classroom.bank=false" in caught.value.hint
-    assert bank.filled == 0
-    short = Bank(made(top=2))
-    short.put(torch.tensor([0, 1]), short.record.pack(out, None, torch.tensor([0, 0])))
-    assert short.filled == 2 / 120
+    assert "--set classroom.bank=false" in caught.value.hint
+    assert share(bank) == 0
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ def test_damage_anywhere_is_found_counted_and_mended(file: str, resident: bool) 
     (path / file).write_bytes(raw)
     bank, rows = Bank(path), torch.arange(120)
     if resident:
-        bank.reside(CPU)
+        bank.load_to(CPU)
     found, known = read(bank, rows)
     bad = (~known).nonzero().flatten()
     original = {n for n in hit if raw[n * width : (n + 1) * width] != _bytes(file, whole, n)}
@@ -213,9 +216,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "binary facts": (lambda p: (p / "bank.json").write_bytes(b"\xff\xfe\x00"), r"bank\.json cannot be read"),
     "words for numbers": (lambda p: edit(p, samples="many"), r"bank\.json cannot be read"),
     "no mentor": (lambda p: rewrite(p, lambda f: f.pop("mentor")), r"bank\.json cannot be read"),
-    "another identity": (lambda p: edit(p, precision="bf16"), r"bank\.json speaks of another bank"),
-    "more samples": (lambda p: edit(p, samples=60), r"bank\.json speaks of another bank"),
-    "another format": (lambda p: edit(p, format=99), r"a bank of format 99; this kdcli reads 1"),
+    "another identity": (lambda p: edit(p, precision="bf16"), r"bank\.json belongs to bank"),
+    "the most probable classes": (lambda p: edit(p, top=8), r"stores only 8 classes, which is no longer supported"),
+    "no samples": (lambda p: edit(p, samples=0), r"bank\.json cannot be read \(ValueError: samples or views is 0"),
+    "more samples": (lambda p: edit(p, samples=60), r"bank\.json belongs to bank"),
+    "another format": (lambda p: edit(p, format=99), r"format 99; this version of kdcli reads 1"),
 }
 
 
@@ -258,24 +263,18 @@ def test_all_space_is_there_from_the_beginning() -> None:
     assert not list(bank_files.folder().glob(".*"))
 
 
-def test_where_there_is_no_call_for_it_space_is_reserved_by_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_posix_fallocate_space_is_reserved_by_writing_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     monkeypatch.setattr(bank_files, "ZEROS", 1000)
     path = made()
     assert (path / "answers.bin").read_bytes() == bytes(120 * 12)
-    assert Bank(path).filled == 0
-
-
-def test_a_file_system_that_cannot_reserve_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(*_: int) -> None:
-        raise OSError(errno.EOPNOTSUPP, "not supported")
-
-    monkeypatch.setattr(os, "posix_fallocate", unsupported, raising=False)
-    assert (made() / "answers.bin").read_bytes() == bytes(120 * 12)
+    assert share(Bank(path)) == 0
 
 
 @pytest.mark.parametrize("how", ["reserving", "writing"])
-def test_a_full_disk_is_told_when_a_bank_is_made_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_full_disk_is_reported_when_a_bank_is_created_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -285,26 +284,26 @@ def test_a_full_disk_is_told_when_a_bank_is_made_and_leaves_nothing(monkeypatch:
         else:
             patch.delattr(os, "posix_fallocate", raising=False)
             patch.setattr(os, "fsync", full)
-        with pytest.raises(DataError, match=r"no room for a bank of 2 KiB in .*: No space left") as caught:
+        with pytest.raises(DataError, match=r"not enough space for a bank of 2 KiB in .*: No space left") as caught:
             made()
     assert caught.value.exit_code == 3
-    assert all(word in caught.value.hint for word in ("data.views", "bank_top", "KDCLI_HOME", "classroom.bank=false"))
+    assert all(word in caught.value.hint for word in ("data.views", "KDCLI_HOME", "classroom.bank=false"))
     assert list(bank_files.folder().iterdir()) == []
-    assert Bank(made()).filled == 0
+    assert share(Bank(made())) == 0
 
 
 def test_banks_that_do_not_fit_together_are_refused_before_any_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [identity(), identity(views=9)]
     free = sum(map(bank_files.bytes_of, wanted))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    bank_files.check_room(wanted)
+    bank_files.check_space(wanted)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
     with pytest.raises(DataError, match=r"2 new banks of 6 KiB together in .*, where 6 KiB are free") as caught:
-        bank_files.check_room(wanted)
+        bank_files.check_space(wanted)
     assert "data.views=8" in caught.value.hint
 
 
-def test_a_folder_that_may_not_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -313,10 +312,10 @@ def test_a_folder_that_may_not_be_written_is_told(monkeypatch: pytest.MonkeyPatc
         made()
 
 
-def test_who_comes_second_takes_the_bank_that_is_there() -> None:
+def test_the_slower_of_two_processes_takes_the_bank_of_the_faster() -> None:
     path = made()
     whole = filled(path)
-    assert made() == path  # as after a race: made in vain, and the other's kept
+    assert made() == path  # as after a race
     assert Bank(path).table.equal(whole)
     assert len(list(bank_files.folder().iterdir())) == 1
 
@@ -326,42 +325,68 @@ def test_a_bank_in_use_is_not_removed() -> None:
         pytest.skip("the system itself keeps open files here")
     path = made()
     bank = Bank(path)
-    with pytest.raises(DataError, match="a run uses it") as caught:
+    with pytest.raises(DataError, match="a run is using it") as caught:
         bank_files.remove(path)
     assert caught.value.exit_code == 3
     assert path.is_dir()
     other = Bank(path)  # several may use it
     del bank
+    gc.collect()
     assert bank_files.in_use(path)
     del other
+    gc.collect()
     bank_files.remove(path)
     assert not path.exists()
 
 
-def test_where_there_are_no_locks_banks_work_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_files, "fcntl", None)
+@pytest.mark.parametrize("how", ["no fcntl", "refused"])
+def test_without_locks_banks_work_all_the_same(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if how == "no fcntl":
+        monkeypatch.setattr(bank_files, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", refused)
     path = made()
     filled(path)
+    bank = Bank(path)
     assert not bank_files.in_use(path)
     bank_files.remove(path)
     assert bank_files.every() == []
+    del bank
 
 
-def test_what_a_kill_left_of_the_making_is_swept_but_not_what_is_being_made() -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_bank_is_free_again_when_its_process_was_killed() -> None:
     if bank_files.fcntl is None:
-        pytest.skip("nothing is swept without locks")
-    left, current, fresh = (bank_files.folder() / f".{name}.tmp" for name in ("left", "current", "fresh"))
-    for path in (left, current, fresh):
+        pytest.skip("the system itself keeps open files here")
+    path = made()
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        bank = Bank(path)
+        os.write(writing, b"1")
+        signal.pause()
+        del bank
+        os._exit(0)
+    os.read(reading, 1)
+    assert bank_files.in_use(path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    bank_files.remove(path)
+    for end in (reading, writing):
+        os.close(end)
+
+
+def test_leftovers_of_a_killed_creation_are_removed_but_not_a_current_one() -> None:
+    left, current = (bank_files.folder() / f".{name}.tmp" for name in ("left", "current"))
+    for path in (left, current):
         path.mkdir(parents=True)
         (path / "answers.bin").write_bytes(bytes(10))
-    for path in (left, current):
-        os.utime(path, (1, 1))
-    lock = bank_files.hold(current)
+    os.utime(left, (1, 1))
     made()
     assert not left.exists()
     assert current.exists()
-    assert fresh.exists()
-    del lock
     assert len(bank_files.every()) == 1  # and none of them counts as a bank
 
 
@@ -382,19 +407,19 @@ def test_banks_are_found_by_the_beginning_of_their_name() -> None:
 
 
 def test_a_bank_is_described_in_words() -> None:
-    path = made(top=2, pooled=3)
+    path = made(pooled=3)
     about = bank_files.describe(path)
     assert about["id"] == path.name
     assert about["mentor"] == "somebody"
     assert about["data"] == "digits"
-    assert about["form"] == "top 2 and pooled"
+    assert about["form"] == "logits and pooled"
     assert (about["filled"], about["views"], about["precision"], about["state"]) == (0, VIEWS, "fp32", "ok")
-    assert about["bytes"] >= bank_files.bytes_of(identity(top=2, pooled=3))
+    assert about["bytes"] >= bank_files.bytes_of(identity(pooled=3))
     filled_path = made()
     filled(filled_path, torch.arange(60))
     assert bank_files.describe(filled_path)["filled"] == 0.5
 
 
 @pytest.mark.parametrize(("size", "says"), [(12, "12 bytes"), (2**11, "2 KiB"), (3.5 * 2**30, "3.50 GiB")])
-def test_sizes_are_said_in_a_unit_to_be_read(size: float, says: str) -> None:
+def test_sizes_are_given_in_a_readable_unit(size: float, says: str) -> None:
     assert bank_files.amount(size) == says

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import engine_kit as kit
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,16 @@ from kdcli.data import Batch, Stream
 from kdcli.errors import DataError, InterruptedRun, RecipeError, WeightsError
 from kdcli.mentors import bank_build, bank_files
 from kdcli.mentors.bank import Bank
-from kdcli.mentors.classroom import Classroom, Member
+from kdcli.mentors.classroom import Classroom
 from kdcli.mentors.mentors import Mentors
-from kdcli.methods import View
+from kdcli.methods.base import Need
 from kdcli.models import registry
+from kdcli.models.member import Member
 from kdcli.recipe import Recipe
-from kdcli.training import learner
-from kdcli.training.loop import Notice
+from kdcli.training import checks
 from kdcli.training.run import Run
-from kdcli.workflows import check, compare, distill
+from kdcli.training.session import Notice
+from kdcli.workflows import check, compare, groups
 
 BANKED = {"classroom.bank": True}
 
@@ -49,6 +51,16 @@ def without_banks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
 
 def banked(method: str = "classroom", /, **over: Any) -> Recipe:
     return kit.recipe(method, **BANKED, **over)
+
+
+def stacked(mentors: Mentors, batch: Batch) -> Tensor:
+    """All mentors' logits [M, B, K]."""
+    return torch.stack([output.out for output in mentors.answer(batch).outputs])
+
+
+def share(bank: Bank) -> float:
+    """The share of a bank's records that are stored."""
+    return bank_files.describe(bank.path)["filled"]
 
 
 def weights_of(run: Run) -> dict[str, Tensor]:
@@ -79,44 +91,43 @@ def raise_signal(number: int) -> None:
 
 
 def test_banked_answers_are_the_live_ones_in_float16() -> None:
-    room = kit.seat(banked())
+    room = kit.classroom(banked())
     mentors = bank_build.open_mentors(room, banked())
     stream = Stream(room.data, 8, seed=0)
     for batch in stream.epoch(0):
-        answer = mentors.answer(batch)
-        assert answer is not None
-        assert answer.out.shape == (2, len(batch), 10)
-        assert not answer.out.is_inference()
+        answer = mentors.answer(batch).outputs
+        assert [output.out.shape for output in answer] == [(len(batch), 10)] * 2
+        assert not any(output.out.is_inference() for output in answer)
+        out = torch.stack([output.out for output in answer])
         with torch.no_grad():
-            live = torch.stack([member(batch.pixels) for member in mentors.members])
-        assert (answer.out - live).abs().max() < 2**-10 * live.abs().max()
-        again = mentors.answer(batch)
-        assert again is not None
-        assert again.out.equal(answer.out)
-        assert again.out.equal(answer.out.half().float())
+            live = torch.stack([member(batch.images) for member in mentors.members])
+        assert (out - live).abs().max() < 2**-10 * live.abs().max()
+        again = stacked(mentors, batch)
+        assert again.equal(out)
+        assert again.equal(out.half().float())
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_an_answer_has_the_same_bits_whatever_it_is_asked_with(workers: int) -> None:
     """As float32, before any rounding: what a CPU's kernels do depends on the size of the batch alone."""
-    room = kit.seat(banked())
+    room = kit.classroom(banked())
     mentors = Mentors(room.mentors, "fp32", kit.CPU, workers=workers)
-    pixels = next(room.data.train.plain(30)).pixels
-    whole = [one.out for one in mentors.ask_alike(pixels, [0, 1])]
+    pixels = next(room.data.train.plain(30)).images
+    whole = [one.out for one in mentors.run_fixed_batch(pixels, [0, 1])]
     for rows in (torch.tensor([7]), torch.tensor([3, 28]), torch.arange(29, 4, -1), torch.randperm(30)[:17]):
-        some = [one.out for one in mentors.ask_alike(pixels[rows], [0, 1])]
+        some = [one.out for one in mentors.run_fixed_batch(pixels[rows], [0, 1])]
         assert all(a.equal(b[rows]) for a, b in zip(some, whole, strict=True))
-    assert mentors.ask_alike(pixels[:3], [1])[0].out.equal(whole[1][:3])
+    assert mentors.run_fixed_batch(pixels[:3], [1])[0].out.equal(whole[1][:3])
 
 
-@pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}, {"classroom.bank_pooled": True}], ids=str)
+@pytest.mark.parametrize("over", [{}, {"classroom.bank_pooled": True}], ids=str)
 def test_cold_warm_and_half_filled_runs_end_with_the_same_bits(tmp_path: Path, over: dict[str, Any]) -> None:
     config = banked(**over)
     cold = kit.trained(config, tmp_path / "cold")
     full = {path: (path / "checks.bin").read_bytes() for path in bank_files.every()}
     warm = kit.session(config, tmp_path / "warm")
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
     assert warm.run.metrics() == cold.metrics()
     assert {path: (path / "checks.bin").read_bytes() for path in bank_files.every()} == full
@@ -138,15 +149,15 @@ def test_a_bank_in_device_memory_ends_with_the_same_bits(tmp_path: Path) -> None
         Bank(path).checks[n::2] = 0
     half = kit.session(banked(), tmp_path / "half")
     for bank in half.mentors.banks:
-        bank.reside(kit.CPU)
-    kit.drive(distill.go(half))
+        bank.load_to(kit.CPU)
+    kit.drive(groups.go(half))
     assert kit.same(weights_of(half.run), weights_of(cold))
     warm = kit.session(banked(), tmp_path / "warm")
     silence(warm.mentors)
     for bank in warm.mentors.banks:
-        bank.reside(kit.CPU)
+        bank.load_to(kit.CPU)
         bank.table, bank.checks = torch.empty(0), bank.checks  # the file is not looked at again
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
 
 
@@ -154,8 +165,8 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, witho
     config = banked(**{"train.epochs": 3, "train.ema": 0.9})
     stopped = kit.session(config, tmp_path / "run")
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(stopped), kit.at(2, 3, lambda _: raise_signal(signal.SIGTERM)))
-    kit.drive(distill.go(kit.session(config, tmp_path / "run", resume=True), resume=True))
+        kit.drive(groups.go(stopped), kit.at(2, 3, lambda _: raise_signal(signal.SIGTERM)))
+    kit.drive(groups.go(kit.session(config, tmp_path / "run", resume=True), resume=True))
     warm = kit.trained(config, tmp_path / "warm")
     assert kit.same(weights_of(Run(tmp_path / "run")), weights_of(warm))
     without_banks()
@@ -197,9 +208,9 @@ def test_a_run_killed_while_it_writes_to_a_bank_ends_with_the_same_bits(
     victim.join()
     assert victim.exitcode == -signal.SIGKILL
     again = kit.session(config, tmp_path / "run", resume=True)
-    assert 0 < again.mentors.banks[0].filled < 1
-    kit.drive(distill.go(again, resume=True))
-    assert again.mentors.words() == []  # what had no checksum was not there, not damaged
+    assert 0 < share(again.mentors.banks[0]) < 1
+    kit.drive(groups.go(again, resume=True))
+    assert again.mentors.bank_warnings() == []  # what had no checksum was not there, not damaged
     without_banks()
     assert kit.same(weights_of(again.run), weights_of(kit.trained(config, tmp_path / "whole")))
 
@@ -219,42 +230,41 @@ def test_two_processes_fill_one_bank_at_once(tmp_path: Path) -> None:
         assert 0 < filled < rows
     warm = kit.session(config, tmp_path / "warm")
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(Run(tmp_path / "0")))
 
 
 # --- damage and staleness ---------------------------------------------------------------------------------------------
 
 
-def test_damaged_answers_are_made_anew_and_told_of(tmp_path: Path) -> None:
+def test_damaged_records_are_computed_again_and_reported(tmp_path: Path) -> None:
     first = kit.session(banked(), tmp_path / "cold")
     cold = first.run
-    assert not [event for event in kit.drive(distill.go(first)) if isinstance(event, Notice)]
+    assert not [event for event in kit.drive(groups.go(first)) if isinstance(event, Notice)]
     path = of_mentor("cifar_resnet14")
     file = path / "answers.bin"
     file.write_bytes(bytes(b ^ 0x55 for b in file.read_bytes()))
-    met = Bank(path).filled
+    met = share(Bank(path))
     again = kit.session(banked(), tmp_path / "again")
-    told = [event.text for event in kit.drive(distill.go(again)) if isinstance(event, Notice)]
+    told = [event.text for event in kit.drive(groups.go(again)) if isinstance(event, Notice)]
     assert kit.same(weights_of(again.run), weights_of(cold))
     bank = Bank(path)
     count = round(met * bank.rows)
-    assert told == [f"{count} damaged answers of bank {path.name} (cifar_resnet14) were made anew"]
+    assert told == [f"{count} damaged records of bank {path.name} (cifar_resnet14) were computed again"]
     assert [*bank.verify()][-1][2] == 0
     warm = kit.session(banked(), tmp_path / "warm")
     silence(warm.mentors)
-    assert not [event for event in kit.drive(distill.go(warm)) if isinstance(event, Notice)]
+    assert not [event for event in kit.drive(groups.go(warm)) if isinstance(event, Notice)]
 
 
-@pytest.mark.parametrize("over", [{}, {"classroom.bank_top": 3}], ids=["whole", "short"])
-def test_a_bank_that_is_no_longer_true_is_refused(tmp_path: Path, over: dict[str, Any]) -> None:
+def test_a_bank_that_is_no_longer_true_is_refused(tmp_path: Path) -> None:
     """As when files were replaced by others of the same name and size: all checksums are right."""
-    kit.trained(banked(**over), tmp_path / "cold")
+    kit.trained(banked(), tmp_path / "cold")
     path, other = of_mentor("cifar_resnet14"), of_mentor("cifar_resnet8")
     for name in ("answers.bin", "checks.bin"):
         (path / name).write_bytes((other / name).read_bytes())
-    with pytest.raises(DataError, match=f"bank {path.name} is not what cifar_resnet14 answers now") as caught:
-        kit.session(banked(**over), tmp_path / "run")
+    with pytest.raises(DataError, match=f"bank {path.name} does not match what cifar_resnet14 computes now") as caught:
+        kit.session(banked(), tmp_path / "run")
     assert caught.value.exit_code == 3
     assert f"kdcli bank rm {path.name}" in caught.value.hint
     assert "classroom.bank=false" in caught.value.hint
@@ -269,7 +279,7 @@ def test_a_bank_of_a_lower_precision_is_trusted_within_that_precision(tmp_path: 
     warm = kit.session(config, tmp_path / "warm")
     assert all(len(bank.sample(64)) > 50 for bank in warm.mentors.banks)
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
 
 
@@ -281,10 +291,10 @@ def test_a_truncated_bank_stops_a_run_before_it_begins(tmp_path: Path) -> None:
         kit.session(banked(), tmp_path / "run")
 
 
-def test_a_full_disk_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))  # enough for one of the two
-        with pytest.raises(DataError, match="no room for 2 new banks") as caught:
+        with pytest.raises(DataError, match="not enough space for 2 new banks") as caught:
             kit.session(banked(), tmp_path / "run")
     assert caught.value.exit_code == 3
     assert "classroom.bank=false" in caught.value.hint
@@ -298,8 +308,8 @@ def test_a_mentor_that_answers_beyond_float16_is_named(tmp_path: Path) -> None:
     head = opened.mentors.frozen[0].net.get_submodule("fc")
     assert isinstance(head, nn.Linear)
     head.weight.data.mul_(1e7)
-    with pytest.raises(DataError, match="cifar_resnet14 answers with numbers"):
-        kit.drive(distill.go(opened))
+    with pytest.raises(DataError, match="mentor cifar_resnet14 gave outputs that float16 cannot hold"):
+        kit.drive(groups.go(opened))
 
 
 # --- which bank -------------------------------------------------------------------------------------------------------
@@ -307,18 +317,17 @@ def test_a_mentor_that_answers_beyond_float16_is_named(tmp_path: Path) -> None:
 
 def test_methods_seeds_and_commands_share_one_bank(tmp_path: Path) -> None:
     config = banked()
-    room = kit.seat(config)
-    first = compare.open_session(config, ["aver", "classroom"], [0, 1], room, Run(tmp_path / "compare"))
-    compare.start(first, room, config, ["aver", "classroom"], [0, 1])
-    kit.drive(compare.go(first))
+    kit.compared(config, tmp_path / "compare", ["aver", "classroom"], [0, 1])
     assert len(bank_files.every()) == 2
-    again = compare.open_session(config, ["kd", "aver"], [5], room, Run(tmp_path / "other"))
-    compare.start(again, room, config, ["kd", "aver"], [5])
-    silence(again.mentors)
-    kit.drive(compare.go(again))
+
+    def silenced(_: Classroom, events: Any, label: str) -> None:
+        silence(kit.session_of(events).mentors)
+        kit.drive(events)
+
+    compare.compare(config, ["kd", "aver"], [5], kit.CPU, silenced, out=str(tmp_path / "other"))
     alone = kit.session(banked("aver", **{"train.seed": 1}), tmp_path / "alone")
     silence(alone.mentors)
-    kit.drive(distill.go(alone))
+    kit.drive(groups.go(alone))
     assert kit.same(weights_of(alone.run), weights_of(Run(tmp_path / "compare" / "aver-1")))
     assert len(bank_files.every()) == 2
 
@@ -352,23 +361,22 @@ OTHER: dict[str, dict[str, Any]] = {
     "augmentation": {"data.augment": "flip"},
     "views": {"data.views": 3},
     "precision": {"precision": "bf16"},
-    "top": {"classroom.bank_top": 3},
     "pooled": {"classroom.bank_pooled": True},
 }
 
 
 @pytest.mark.parametrize("what", OTHER)
 def test_whatever_an_answer_depends_on_makes_another_bank(what: str) -> None:
-    before = bank_files.id_of(changed(kit.seat(banked())))
-    assert bank_files.id_of(changed(kit.seat(banked()))) == before
-    assert bank_files.id_of(changed(kit.seat(banked()), **OTHER[what])) != before
+    before = bank_files.id_of(changed(kit.classroom(banked())))
+    assert bank_files.id_of(changed(kit.classroom(banked()))) == before
+    assert bank_files.id_of(changed(kit.classroom(banked()), **OTHER[what])) != before
 
 
 def test_what_an_answer_does_not_depend_on_shares_the_bank() -> None:
-    before = bank_files.id_of(changed(kit.seat(banked())))
+    before = bank_files.id_of(changed(kit.classroom(banked())))
     for over in ({"data.seed": 5}, {"train.batch_size": 16}, {"train.seed": 3}, {"classroom.student": "cifar_resnet8"}):
         config = banked(**over)
-        room = kit.seat(config)
+        room = kit.classroom(config)
         same = over != {"data.seed": 5}  # thirty digits of 1,437 are numbered by themselves, and a seed chooses others
         assert (bank_files.id_of(bank_build.identity(room.mentors[0], room.data, "fp32", config)) == before) == same
 
@@ -376,7 +384,7 @@ def test_what_an_answer_does_not_depend_on_shares_the_bank() -> None:
 def test_runs_on_most_of_the_images_share_a_bank_of_all() -> None:
     def opened(**over: Any) -> Bank:
         config = banked(**{"data.per_class": None, **over})
-        return bank_build.open_mentors(kit.seat(config), config).banks[0]
+        return bank_build.open_mentors(kit.classroom(config), config).banks[0]
 
     whole, part, other = opened(), opened(**{"data.holdout": 0.2}), opened(**{"data.holdout": 0.3, "data.seed": 4})
     assert whole.id == part.id == other.id
@@ -392,25 +400,21 @@ def test_the_same_mentor_twice_is_banked_once(tmp_path: Path) -> None:
     assert [member.name for member in opened.mentors.members] == ["cifar_resnet14", "cifar_resnet14#2", "cifar_resnet8"]
     assert len(bank_files.every()) == 2
     assert opened.mentors.banks[0] is opened.mentors.banks[1]
-    kit.drive(distill.go(opened))
-    taught = opened.mentors.answer(next(opened.stream.epoch(0)))
-    assert taught is not None
-    assert taught.out[0].equal(taught.out[1])
-    assert not taught.out[0].equal(taught.out[2])
+    kit.drive(groups.go(opened))
+    out = stacked(opened.mentors, next(opened.stream.epoch(0)))
+    assert out[0].equal(out[1])
+    assert not out[0].equal(out[2])
 
 
 def test_plain_images_are_answered_live_and_not_kept(tmp_path: Path) -> None:
     opened = kit.session(banked(), tmp_path / "run")
     batch = next(opened.data.train.plain(6))
-    answer = opened.mentors.answer(batch)
-    assert answer is not None
+    out = stacked(opened.mentors, batch)
     with torch.no_grad():
-        torch.testing.assert_close(answer.out[0], opened.mentors.members[0](batch.pixels), rtol=1e-3, atol=1e-3)
-    assert opened.mentors.banks[0].filled == 0
-    nameless = Batch(batch.pixels, batch.target, batch.index, batch.view)
-    again = opened.mentors.answer(nameless)
-    assert again is not None
-    assert again.out.equal(answer.out)
+        torch.testing.assert_close(out[0], opened.mentors.members[0](batch.images), rtol=1e-3, atol=1e-3)
+    assert share(opened.mentors.banks[0]) == 0
+    nameless = Batch(batch.images, batch.target, batch.index, batch.view)
+    assert stacked(opened.mentors, nameless).equal(out)
 
 
 def test_limited_views_of_an_uncountable_augmentation_are_banked(tmp_path: Path) -> None:
@@ -418,10 +422,10 @@ def test_limited_views_of_an_uncountable_augmentation_are_banked(tmp_path: Path)
     cold = kit.trained(config, tmp_path / "cold")
     bank = Bank(bank_files.every()[0])
     assert bank.rows == 30 * 2
-    assert bank.filled > 0.8
+    assert share(bank) > 0.8
     warm = kit.session(config.with_(**{"data.seed": 0}), tmp_path / "warm")
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     assert kit.same(weights_of(warm.run), weights_of(cold))
 
 
@@ -431,11 +435,10 @@ def test_limited_views_of_an_uncountable_augmentation_are_banked(tmp_path: Path)
 @pytest.mark.parametrize(
     ("over", "says", "cure"),
     [
-        ({"train.mixup": 0.2}, "mixup and cutmix make images that no bank can name", "train.mixup=0"),
+        ({"train.mixup": 0.2}, "mixup and cutmix blend images at random", "train.mixup=0"),
         ({"train.cutmix": 1.0}, "mixup and cutmix", "classroom.bank=false"),
-        ({"data.augment": "cutout"}, "cutout gives an image more views than can be counted", "data.views=8"),
+        ({"data.augment": "cutout"}, "augmentation cutout has too many views of an image to store", "data.views=8"),
         ({"data.augment": "imagenet"}, "augmentation imagenet", "crop-flip"),
-        ({"classroom.bank_top": 10}, "classroom.bank_top = 10: digits has 10 classes", "at most 9"),
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip
@@ -458,7 +461,7 @@ def test_what_a_bank_cannot_hold_is_refused_with_the_cure(
         ({"maps"}, {}, "method aver reads its mentors' intermediate maps"),
         ({"pooled"}, {}, "method aver reads its mentors' pooled features"),
         ({"pooled"}, {"classroom.bank_pooled": True}, ""),
-        ({"head", "index", "hard_target"}, {}, ""),
+        ({"index", "hard_target"}, {}, ""),
     ],
     ids=["maps", "pooled", "pooled kept", "neither"],
 )
@@ -466,16 +469,16 @@ def test_a_method_that_reads_more_than_a_bank_answers_is_named(
     needs: set[str], over: dict[str, Any], says: str
 ) -> None:
     config = banked("aver", **over)
-    room, method = kit.seat(config), methods.build("aver", {})
-    method.needs = frozenset(needs)
+    room, method = kit.classroom(config), methods.build("aver", {})
+    method.needs = frozenset(map(Need, needs))
     if not says:
-        learner.check_method(method, config, room)
+        checks.check_method(method, config, room.data, 2)
         return
     with pytest.raises(RecipeError, match=says) as caught:
-        learner.check_method(method, config, room)
+        checks.check_method(method, config, room.data, 2)
     assert "classroom.bank" in caught.value.hint
     method.teachers = 0
-    learner.check_method(method, config, room)  # who has no mentors reads nothing of them
+    checks.check_method(method, config, room.data, 2)  # without mentors it reads nothing of them
 
 
 def test_a_learner_without_mentors_makes_no_bank(tmp_path: Path) -> None:
@@ -483,39 +486,39 @@ def test_a_learner_without_mentors_makes_no_bank(tmp_path: Path) -> None:
     assert bank_files.every() == []
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- notes and provenance ---------------------------------------------------------------------------------------------
 
 
 def test_banks_are_noted_and_in_the_provenance(tmp_path: Path) -> None:
-    config = banked(**{"classroom.bank_top": 3})
+    config = banked()
     kit.trained(config, tmp_path / "cold")
-    room = kit.seat(config)
+    room = kit.classroom(config)
     warm = kit.session(config, tmp_path / "warm", room=room)
     note = next(value for key, value, _ in room.notes if key == "bank of cifar_resnet14")
     bank = warm.mentors.banks[0]
-    share = f"{100 * bank.filled:.1f} % filled"
-    assert str(note).startswith(f"{bank.id}, top 3, {bank.views} views, {share}, ")
+    percent = f"{100 * share(bank):.1f} % filled"
+    assert str(note).startswith(f"{bank.id}, logits, {bank.views} views, {percent}, ")
     facts = warm.run.provenance["banks"]
     assert facts["cifar_resnet14"] == {
-        "id": bank.id, "form": "top 3", "views": bank.views, "filled": round(bank.filled, 4)
+        "id": bank.id, "form": "logits", "views": bank.views, "filled": round(share(bank), 4)
     }  # fmt: skip
     assert warm.run.recipe.classroom.bank
     assert kit.trained(kit.recipe("kd"), tmp_path / "live").provenance["banks"] == {}
 
 
-def test_check_says_what_banks_take_and_makes_none() -> None:
-    found = check.look(banked(), kit.CPU, 10)
-    assert any(word.startswith("banks: 2 of ") and ", 0 there" in word for word in found.words)
+def test_check_states_the_size_of_the_banks_and_creates_none() -> None:
+    found = check.check(banked(), kit.CPU, 10)
+    assert any(fact.startswith("banks: 2 of ") and ", 0 exist" in fact for fact in found.facts)
     assert bank_files.every() == []
-    with pytest.raises(RecipeError, match="more views than can be counted"):
-        check.look(banked(**{"data.augment": "cutout"}), kit.CPU, 10)
+    with pytest.raises(RecipeError, match="too many views of an image"):
+        check.check(banked(**{"data.augment": "cutout"}), kit.CPU, 10)
 
 
 # --- filling ahead ----------------------------------------------------------------------------------------------------
 
 
 def built(config: Recipe, epochs: int | None = None) -> tuple[list[tuple[int, int]], Mentors]:
-    room = kit.seat(config)
+    room = kit.classroom(config)
     mentors = bank_build.open_mentors(room, config)
     return list(bank_build.build(mentors, room, config, epochs)), mentors
 
@@ -523,11 +526,11 @@ def built(config: Recipe, epochs: int | None = None) -> tuple[list[tuple[int, in
 def test_a_built_bank_holds_every_view_and_a_second_building_asks_nobody(tmp_path: Path) -> None:
     config = banked(**{"data.per_class": 2})
     steps, mentors = built(config)
-    assert all(bank.filled == 1 for bank in mentors.banks)
+    assert all(share(bank) == 1 for bank in mentors.banks)
     views = mentors.banks[0].views
     assert steps[-1] == (20 * views, 20 * views)
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
-    room = kit.seat(config)
+    room = kit.classroom(config)
     again = bank_build.open_mentors(room, config)
     silence(again)
     assert [*bank_build.build(again, room, config, None)][-1] == (20 * views, 20 * views)
@@ -537,7 +540,7 @@ def test_a_built_bank_holds_every_view_and_a_second_building_asks_nobody(tmp_pat
     assert [*mended.banks[0].verify()][-1] == (bank.rows, bank.rows, 0)
     warm = kit.session(config, tmp_path / "run")
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
 
 
 def test_a_bank_built_for_some_epochs_holds_what_a_run_of_them_meets(
@@ -547,9 +550,9 @@ def test_a_bank_built_for_some_epochs_holds_what_a_run_of_them_meets(
     built(config, 2)
     whole = {path.name: (path / "checks.bin").read_bytes() for path in bank_files.every()}
     warm = kit.session(config, tmp_path / "run")
-    assert 0 < warm.mentors.banks[0].filled < 0.2
+    assert 0 < share(warm.mentors.banks[0]) < 0.2
     silence(warm.mentors)
-    kit.drive(distill.go(warm))
+    kit.drive(groups.go(warm))
     without_banks()
     kit.trained(config, tmp_path / "cold")
     assert {path.name: (path / "checks.bin").read_bytes() for path in bank_files.every()} == whole
@@ -558,7 +561,7 @@ def test_a_bank_built_for_some_epochs_holds_what_a_run_of_them_meets(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_building_goes_on_where_it_stopped(number: int) -> None:
     config = banked(**{"data.per_class": 2})
-    room = kit.seat(config)
+    room = kit.classroom(config)
     mentors = bank_build.open_mentors(room, config)
     seen = 0
 
@@ -573,13 +576,13 @@ def test_an_interrupted_building_goes_on_where_it_stopped(number: int) -> None:
     with pytest.raises(InterruptedRun, match=signal.Signals(number).name) as caught:
         interrupted()
     assert caught.value.exit_code == 130
-    assert "goes on where it stopped" in caught.value.hint
+    assert "continues where it stopped" in caught.value.hint
     assert signal.getsignal(number) is before
-    kept = round(mentors.banks[0].filled * mentors.banks[0].rows)
+    kept = round(share(mentors.banks[0]) * mentors.banks[0].rows)
     assert seen <= kept < mentors.banks[0].rows
     steps, after = built(config)
     assert steps[-1][0] == steps[-1][1]
-    assert after.banks[0].filled == 1
+    assert share(after.banks[0]) == 1
     with pytest.raises(InterruptedRun):  # also where there is nothing to do but to look
         [raise_signal(number) for _ in bank_build.build(after, room, config, None)]
 
@@ -591,24 +594,18 @@ def test_pooled_features_are_banked_beside_the_logits(tmp_path: Path) -> None:
     config = banked("kd", **{"classroom.bank_pooled": True})
     cold = kit.session(config, tmp_path / "run")
     batch = next(cold.stream.epoch(0))
-    answer = cold.mentors.answer(batch)
+    answer = cold.mentors.answer(batch).outputs
     silence(cold.mentors)
-    again = cold.mentors.answer(batch)
-    live = Mentors(kit.seat(config).mentors, "fp32", kit.CPU, needs=frozenset({"pooled"})).answer(batch)
-    for one in (answer, again, live):
-        assert isinstance(one, View)
-        assert isinstance(one.pooled, tuple)
-        assert [some.shape for some in one.pooled] == [(8, 64), (8, 64)]
-    assert answer is not None
-    assert again is not None
-    assert live is not None
-    for a, b, c in zip(answer.pooled or (), again.pooled or (), live.pooled or (), strict=True):
-        assert a.equal(b)
-        assert (a - c).abs().max() <= 2**-10 * c.abs().max()
-        assert not c.is_inference()
-    without = Mentors(kit.seat(config).mentors, "fp32", kit.CPU).answer(batch)
-    assert without is not None
-    assert without.pooled is None
+    again = cold.mentors.answer(batch).outputs
+    live = Mentors(kit.classroom(config).mentors, "fp32", kit.CPU, needs=frozenset({"pooled"})).answer(batch).outputs
+    for outputs in (answer, again, live):
+        assert [output.vectors.shape for output in outputs] == [(8, 64), (8, 64)]
+    for a, b, c in zip(answer, again, live, strict=True):
+        assert a.vectors.equal(b.vectors)
+        assert (a.vectors - c.vectors).abs().max() <= 2**-10 * c.vectors.abs().max()
+        assert not c.vectors.is_inference()
+    without = Mentors(kit.classroom(config).mentors, "fp32", kit.CPU).answer(batch).outputs
+    assert [output.pooled for output in without] == [None, None]
 
 
 def member(spec: str, **options: Any) -> Member:
@@ -660,14 +657,54 @@ def test_a_network_with_two_heads_has_no_penultimate_vector() -> None:
     assert "bank_pooled" in caught.value.hint
 
 
-def test_threads_that_share_a_mentor_look_each_for_itself() -> None:
-    room = kit.seat(banked())
-    pixels = next(room.data.train.plain(30)).pixels
-    one = Mentors(room.mentors, "fp32", kit.CPU, workers=1, needs=frozenset({"pooled"})).ask(pixels, [0, 1], 10)
-    many = Mentors(room.mentors, "fp32", kit.CPU, workers=3, needs=frozenset({"pooled"})).ask(pixels, [0, 1], 10)
+def test_threads_that_share_a_mentor_keep_their_vectors_apart() -> None:
+    room = kit.classroom(banked())
+    images = next(room.data.train.plain(30)).images
+    one = Mentors(room.mentors, "fp32", kit.CPU, workers=1, needs=frozenset({"pooled"})).run(images, [0, 1], 10)
+    many = Mentors(room.mentors, "fp32", kit.CPU, workers=3, needs=frozenset({"pooled"})).run(images, [0, 1], 10)
     for few, more in zip(one, many, strict=True):
-        a, b, c, d = few.out, few.pooled, more.out, more.pooled
-        assert a.equal(c)
-        assert isinstance(b, torch.Tensor)
-        assert isinstance(d, torch.Tensor)
-        assert b.equal(d)
+        assert few.out.equal(more.out)
+        assert few.vectors.equal(more.vectors)
+
+
+# --- other tasks, other versions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 6])
+def test_mentors_of_several_classes_an_image_are_banked(tmp_path: Path, classes: int) -> None:
+    """Targets are 0/1 matrices [N, K]: a record holds the logits [K] whatever the task."""
+    dice = np.random.default_rng(0)
+    parts = {"train": 40, "test": 20}
+    images = {f"{part}_images": dice.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for part, n in parts.items()}
+    labels = {f"{part}_labels": dice.integers(0, 2, (n, classes)) for part, n in parts.items()}
+    np.savez(tmp_path / "toy.npz", **images, **labels)
+    data = {"data.name": f"npz:{tmp_path / 'toy.npz'}", "data.per_class": None, "data.image_size": 16}
+    config = kit.recipe("kd", task="multilabel", **data)
+    alone = {"classroom.teacher": None, "classroom.peers": [], "classroom.student": "cifar_resnet8", "train.epochs": 1}
+    mentor = kit.trained(config.with_method("nokd").with_(**alone), tmp_path / "mentor")
+    config = config.with_(**{"classroom.teacher": f"cifar_resnet8@{mentor.path}", "classroom.peers": []}, **BANKED)
+    cold = kit.trained(config, tmp_path / "cold")
+    warm = kit.session(config, tmp_path / "warm")
+    batch = next(warm.stream.epoch(0))
+    assert batch.target.shape == (8, classes)
+    with torch.no_grad():
+        live = warm.mentors.members[0](batch.images)
+    silence(warm.mentors)
+    out = stacked(warm.mentors, batch)[0]
+    assert out.shape == (8, classes)
+    assert (out - live).abs().max() <= 2**-10 * live.abs().max() + 1e-4
+    kit.drive(groups.go(warm))
+    assert kit.same(weights_of(warm.run), weights_of(cold))
+    assert {path.name for path in bank_files.every()} == {warm.mentors.banks[0].id}
+
+
+def test_banks_of_earlier_versions_have_the_same_ids() -> None:
+    """Format 1 had `top`, which is None in a bank of whole records: the keys, and so the ids, are those of then."""
+    keys = """format architecture weights data left_out samples which image_size augment views mean std input_size
+        interpolation class_index classes precision top pooled"""
+    found = changed(kit.classroom(banked()))
+    assert list(found) == keys.split()
+    assert found["top"] is None
+    assert found["format"] == 1
+    assert isinstance(found["image_size"], int)
+    assert isinstance(found["input_size"], int)

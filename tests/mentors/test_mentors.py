@@ -1,17 +1,18 @@
-"""Mentors' answers: one stack, in float32, the same however they are run."""
+"""Mentors' outputs: a list in float32, the teacher first, the same however they are run."""
 
 import copy
 
 import engine_kit as kit
 import pytest
 import torch
+from torch import Tensor
 
 from kdcli.data import Batch
 from kdcli.mentors import frozen
-from kdcli.mentors.classroom import Member
 from kdcli.mentors.frozen import Frozen
 from kdcli.mentors.mentors import Mentors, worth_compiling
-from kdcli.models import registry, weights
+from kdcli.models import checkpoint, registry
+from kdcli.models.member import Member
 
 
 @pytest.fixture(autouse=True)
@@ -20,33 +21,37 @@ def _zoo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def members() -> list[Member]:
-    return kit.seat(kit.recipe("classroom")).mentors
+    return kit.classroom(kit.recipe("classroom")).mentors
+
+
+def stacked(mentors: Mentors, some: Batch) -> Tensor:
+    """All mentors' logits [M, B, K]."""
+    return torch.stack([output.out for output in mentors.answer(some).outputs])
 
 
 def batch(n: int = 24) -> Batch:
-    return next(kit.seat(kit.recipe()).data.test.plain(n))
+    return next(kit.classroom(kit.recipe()).data.test.plain(n))
 
 
-def test_answers_are_stacked_the_teacher_first() -> None:
+def test_outputs_are_a_list_the_teacher_first() -> None:
     mentors, some = Mentors(members(), "fp32", kit.CPU), batch()
     found = mentors.answer(some)
-    assert found is not None
-    assert found.out.shape == (2, 24, 10)
-    assert found.out.dtype == torch.float32
+    assert found.unfused is None
+    assert [output.out.shape for output in found.outputs] == [(24, 10)] * 2
+    assert {output.out.dtype for output in found.outputs} == {torch.float32}
     assert [member.name for member in mentors.members] == ["cifar_resnet14", "cifar_resnet8"]
     with torch.no_grad():
-        for row, member in zip(found.out, mentors.members, strict=True):
-            torch.testing.assert_close(row, member(some.pixels))
+        for output, member in zip(found.outputs, mentors.members, strict=True):
+            torch.testing.assert_close(output.out, member(some.images))
 
 
 def test_answers_may_be_part_of_a_loss() -> None:
-    """They were made in inference mode, whose tensors no backward pass may keep: the stack must not be one."""
-    found = Mentors(members(), "fp32", kit.CPU).answer(batch())
-    assert found is not None
-    assert not found.out.is_inference()
-    assert not found.out.requires_grad
+    """They were computed in inference mode, whose tensors no backward pass may keep: the outputs must be copies."""
+    for output in Mentors(members(), "fp32", kit.CPU).answer(batch()).outputs:
+        assert not output.out.is_inference()
+        assert not output.out.requires_grad
     x = torch.ones((), requires_grad=True)
-    (x * found.out).square().sum().backward()
+    (x * output.out).square().sum().backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad)
 
@@ -54,48 +59,43 @@ def test_answers_may_be_part_of_a_loss() -> None:
 def test_bf16_mentors_answer_almost_alike_and_in_channels_last() -> None:
     some = batch(48)
     plain, quick = Mentors(members(), "fp32", kit.CPU), Mentors(members(), "bf16", kit.CPU)
-    a, b = plain.answer(some), quick.answer(some)
-    assert a is not None
-    assert b is not None
-    assert b.out.dtype == torch.float32
-    scale = a.out.std(-1, keepdim=True)
-    assert float(((a.out - b.out).abs() / scale).max()) < 0.2
-    assert float(((a.out - b.out).abs() / scale).mean()) < 0.03
-    assert float((a.out.argmax(-1) == b.out.argmax(-1)).float().mean()) > 0.9
+    a, b = stacked(plain, some), stacked(quick, some)
+    assert b.dtype == torch.float32
+    scale = a.std(-1, keepdim=True)
+    assert float(((a - b).abs() / scale).max()) < 0.2
+    assert float(((a - b).abs() / scale).mean()) < 0.03
+    assert float((a.argmax(-1) == b.argmax(-1)).float().mean()) > 0.9
     for one in quick.frozen:
         weights = [p for p in one.net.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
         assert weights
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
         assert {p.dtype for p in one.net.parameters()} == {torch.bfloat16}
         assert {p.dtype for p in one.member.net.parameters()} == {torch.float32}  # the mentor itself is left as it was
-        assert one.member.mean_.dtype == torch.float32  # pixels are normalised before anything is rounded
+        assert one.member.mean_.dtype == torch.float32  # images are normalised before anything is rounded
 
 
 def test_mentors_are_frozen_and_in_eval_mode_whatever_they_were() -> None:
     awake = [member.train().requires_grad_(True) for member in members()]
-    before = [weights.digest(member.net) for member in awake]  # running statistics too
+    before = [checkpoint.digest(member.net) for member in awake]  # running statistics too
     Mentors(awake, "fp32", kit.CPU).answer(batch())
     assert not any(module.training for member in awake for module in member.modules())
     assert not any(p.requires_grad for member in awake for p in member.parameters())
-    assert [weights.digest(member.net) for member in awake] == before
+    assert [checkpoint.digest(member.net) for member in awake] == before
 
 
 def test_a_classroom_without_mentors_answers_nothing() -> None:
-    assert Mentors([], "bf16", kit.CPU).answer(batch()) is None
+    assert Mentors([], "bf16", kit.CPU).answer(batch()).outputs == []
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("n", [1, 2, 23])
 def test_workers_that_share_a_batch_answer_as_one_does(workers: int, n: int) -> None:
     some, threads = batch(n), torch.get_num_threads()
-    one = Mentors(members(), "fp32", kit.CPU, workers=1).answer(some)
-    shared = Mentors(members(), "fp32", kit.CPU, workers=workers).answer(some)
-    assert one is not None
-    assert shared is not None
-    assert shared.out.shape == (2, n, 10)
-    assert not shared.out.is_inference()
-    torch.testing.assert_close(shared.out, one.out, rtol=1e-5, atol=1e-5)
-    assert torch.get_num_threads() == threads  # a worker's single thread is its own affair
+    one = stacked(Mentors(members(), "fp32", kit.CPU, workers=1), some)
+    shared = stacked(Mentors(members(), "fp32", kit.CPU, workers=workers), some)
+    assert shared.shape == (2, n, 10)
+    torch.testing.assert_close(shared, one, rtol=1e-5, atol=1e-5)
+    assert torch.get_num_threads() == threads  # a worker sets the number of threads for itself alone
 
 
 def test_a_mentors_failure_in_a_worker_is_raised() -> None:
@@ -108,7 +108,7 @@ def test_a_mentors_failure_in_a_worker_is_raised() -> None:
 # --- made quick -------------------------------------------------------------------------------------------------------
 
 
-def seated(arch: str, size: int) -> Member:
+def network(arch: str, size: int) -> Member:
     """A network of ten classes whose norms are not at rest."""
     name = registry.resolve(arch)
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def seated(arch: str, size: int) -> Member:
             layer.running_mean.normal_(std=0.2)
             layer.running_var.uniform_(0.5, 1.5)
     rgb = (0.5, 0.4, 0.3)
-    return Member(net, name, mean=rgb, std=rgb, input_size=size, interpolation="bilinear", num_classes=10)
+    return Member(net, name, mean=rgb, std=rgb, input_size=(size, size), interpolation="bilinear", num_classes=10)
 
 
 def norms(net: torch.nn.Module) -> int:
@@ -143,16 +143,16 @@ FAMILIES = {  # network, size, batch norms that no convolution comes before
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_folded_networks_answer_as_the_eager_ones(arch: str) -> None:
     size, left = FAMILIES[arch]
-    member = seated(arch, size)
-    before = weights.digest(member.net)
-    pixels = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(1))
+    member = network(arch, size)
+    before = checkpoint.digest(member.net)
+    images = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(1))
     quick = Frozen(member, "fp32", kit.CPU)
     assert norms(quick.net) == left
     assert quick.folded
     with torch.no_grad():
-        reference = member(pixels)
-    torch.testing.assert_close(quick(pixels).out, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
-    assert weights.digest(member.net) == before
+        reference = member(images)
+    torch.testing.assert_close(quick(images).out, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
+    assert checkpoint.digest(member.net) == before
 
 
 def test_a_network_that_cannot_be_followed_is_taken_as_it_is() -> None:
@@ -164,12 +164,12 @@ def test_a_network_that_cannot_be_followed_is_taken_as_it_is() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(x) if float(x.sum()) < 1e9 else x
 
-    member = seated("zoo:cifar_resnet8", 32)
+    member = network("zoo:cifar_resnet8", 32)
     member.net = Moody(member.net)
     quick = Frozen(member, "fp32", kit.CPU)
     assert not quick.folded
-    pixels = torch.rand(6, 3, 32, 32)
-    torch.testing.assert_close(quick(pixels).out, member(pixels), rtol=1e-4, atol=1e-4)
+    images = torch.rand(6, 3, 32, 32)
+    torch.testing.assert_close(quick(images).out, member(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_fold_that_changes_the_answer_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,16 +179,16 @@ def test_a_fold_that_changes_the_answer_is_not_used(monkeypatch: pytest.MonkeyPa
         return net
 
     monkeypatch.setattr(frozen, "_folded", wrong)
-    assert not Frozen(seated("zoo:cifar_resnet8", 32), "fp32", kit.CPU).folded
+    assert not Frozen(network("zoo:cifar_resnet8", 32), "fp32", kit.CPU).folded
 
 
 def test_a_class_map_is_kept() -> None:
-    member = seated("zoo:cifar_resnet8", 32)
+    member = network("zoo:cifar_resnet8", 32)
     member.class_index = torch.tensor([3, 0, 7])
-    pixels = torch.rand(6, 3, 32, 32)
-    found = Frozen(member, "fp32", kit.CPU)(pixels).out
+    images = torch.rand(6, 3, 32, 32)
+    found = Frozen(member, "fp32", kit.CPU)(images).out
     assert found.shape == (6, 3)
-    torch.testing.assert_close(found, member(pixels), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, member(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -196,18 +196,13 @@ def test_compiled_mentors_answer_as_the_eager_ones() -> None:
     """At their one batch size and at others, from several threads."""
     two = members()
     mentors = Mentors(two, "fp32", kit.CPU, workers=2)
-    reference = mentors.answer(batch(24))
-    assert reference is not None
+    reference = stacked(mentors, batch(24))
     assert mentors.compile(24, [two[0].name]) == {}
     assert mentors.frozen[0].compiled is not None
     assert mentors.frozen[1].compiled is None
     for _ in range(3):
-        found = mentors.answer(batch(24))
-        assert found is not None
-        torch.testing.assert_close(found.out, reference.out, rtol=1e-4, atol=1e-4)
-    short = mentors.answer(batch(7))
-    assert short is not None
-    torch.testing.assert_close(short.out, reference.out[:, :7], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stacked(mentors, batch(24)), reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stacked(mentors, batch(7)), reference[:, :7], rtol=1e-4, atol=1e-4)
 
 
 def test_a_mentor_that_cannot_be_compiled_says_why_and_answers_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +212,9 @@ def test_a_mentor_that_cannot_be_compiled_says_why_and_answers_all_the_same(monk
     monkeypatch.setattr(torch, "compile", none_here)
     two = members()
     mentors = Mentors(two, "fp32", kit.CPU, workers=2)
-    told = mentors.compile(24, [member.name for member in two])
-    assert told == {member.name: "No working C++ compiler found" for member in two}
-    assert mentors.answer(batch(24)) is not None
+    reasons = mentors.compile(24, [member.name for member in two])
+    assert reasons == {member.name: "No working C++ compiler found" for member in two}
+    assert len(mentors.answer(batch(24)).outputs) == 2
 
 
 def test_only_much_work_is_worth_compiling() -> None:
@@ -238,35 +233,36 @@ def test_only_much_work_is_worth_compiling() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_answers_ahead_are_those_of_one_batch_after_another(ahead: int, workers: int) -> None:
     two = members()
-    some = list(kit.seat(kit.recipe()).data.test.subset(torch.arange(83)).plain(16))  # five batches and a short one
-    one = list(Mentors(two, "fp32", kit.CPU, workers=1).taught(some))
-    ahead_of = list(Mentors(two, "fp32", kit.CPU, workers=workers, ahead=ahead).taught(some))
+    some = list(
+        kit.classroom(kit.recipe()).data.test.subset(torch.arange(83)).plain(16)
+    )  # five batches and a short one
+    one = list(Mentors(two, "fp32", kit.CPU, workers=1).answer_ahead(some))
+    ahead_of = list(Mentors(two, "fp32", kit.CPU, workers=workers, ahead=ahead).answer_ahead(some))
     assert [len(b) for b, _ in ahead_of] == [16] * 5 + [3]
     for (batch_a, a), (batch_b, b) in zip(one, ahead_of, strict=True):
         assert batch_a is batch_b
-        assert a is not None
-        assert b is not None
-        torch.testing.assert_close(b.out, a.out, rtol=1e-5, atol=1e-5)
+        for x, y in zip(a.outputs, b.outputs, strict=True):
+            torch.testing.assert_close(y.out, x.out, rtol=1e-5, atol=1e-5)
 
 
 def test_no_more_batches_are_drawn_than_are_answered() -> None:
     drawn = []
 
     def batches():
-        for n, one in enumerate(kit.seat(kit.recipe()).data.test.plain(16)):
+        for n, one in enumerate(kit.classroom(kit.recipe()).data.test.plain(16)):
             drawn.append(n)
             yield one
 
-    following = Mentors(members(), "fp32", kit.CPU, ahead=3).taught(batches())
+    following = Mentors(members(), "fp32", kit.CPU, ahead=3).answer_ahead(batches())
     next(following)
     assert drawn == [0, 1, 2]
-    alone = Mentors([], "fp32", kit.CPU, ahead=1).taught(batches())
-    assert next(alone)[1] is None
+    alone = Mentors([], "fp32", kit.CPU, ahead=1).answer_ahead(batches())
+    assert next(alone)[1].outputs == []
     assert drawn == [0, 1, 2, 0]
 
 
 def test_looking_ahead_goes_as_far_as_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = list(kit.seat(kit.recipe()).data.test.plain(16))[:16]
+    some = list(kit.classroom(kit.recipe()).data.test.plain(16))[:16]
     mentors = Mentors(members(), "fp32", kit.CPU)
     for seconds, expected in [
         ({1: 1.0, 2: 1.1}, 1),  # a CPU
@@ -274,7 +270,7 @@ def test_looking_ahead_goes_as_far_as_it_gains(monkeypatch: pytest.MonkeyPatch) 
         ({1: 1.0, 2: 0.6, 4: 0.5, 8: 0.5}, 4),
         ({1: 1.0, 2: 0.6, 4: 0.5, 8: 0.4, 16: 0.3}, 16),
     ]:
-        monkeypatch.setattr(mentors, "_clock", lambda batches, seconds=seconds: seconds[len(batches)])
+        monkeypatch.setattr(mentors, "_seconds", lambda batches, seconds=seconds: seconds[len(batches)])
         assert mentors.measure_ahead(some) == expected
     monkeypatch.undo()
-    assert mentors._clock(some[:2]) > 0
+    assert mentors._seconds(some[:2]) > 0

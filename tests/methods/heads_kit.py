@@ -10,8 +10,8 @@ from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 import kdcli.models.cifar  # noqa: F401  the zoo's names
-from kdcli.mentors.classroom import Member
-from kdcli.methods import Lesson, Method, Phase, Room, View
+from kdcli.methods import Lesson, Method, Phase, SetupContext
+from kdcli.models.member import Member
 from kdcli.models.registry import ModelName
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
@@ -50,7 +50,7 @@ TOKEN_TEACHERS = [("zoo", "vit"), ("swin", "vit"), ("timm", "torchvision_vit")]
 
 
 def member(kind: str, seed: int = 0, size: int = SIZE) -> Member:
-    """A network that is not at rest: norms and, of transformers, all small weights are random."""
+    """A network with random norms and, for transformers, random small weights, which would otherwise hide errors."""
     torch.manual_seed(seed)
     net = NETS[kind]()
     for layer in net.modules():
@@ -64,11 +64,11 @@ def member(kind: str, seed: int = 0, size: int = SIZE) -> Member:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     name = ModelName("zoo", f"{kind}net", None, kind)
     three = (0.5, 0.5, 0.5)
-    return Member(net, name, mean=three, std=three, input_size=size, interpolation="bilinear", num_classes=K)
+    return Member(net, name, mean=three, std=three, input_size=(size, size), interpolation="bilinear", num_classes=K)
 
 
 class Class:
-    """A method with a student and a teacher, set up on one lesson, and lessons to give it."""
+    """A method with a student and a teacher, set up on one lesson, and lessons for it."""
 
     def __init__(
         self, method: Method, student: str = "zoo", teacher: str | Member = "wide", batch: int = 6, **train: Any
@@ -85,11 +85,12 @@ class Class:
         self.target = torch.arange(batch) % K
         self.config = TrainConfig(**{"batch_size": batch, "epochs": 4, **train})
         data = SimpleNamespace(train=range(24), classes=[str(k) for k in range(K)])
-        seat: Any = None
-        method.room = Room(self.student, [self.teacher], cast(Any, data), self.task, self.config, CPU, seat)
+        method.context = SetupContext(
+            self.student, [self.teacher], cast(Any, data), self.task, self.config, CPU, cast(Any, None)
+        )
         self.student.eval()
         with torch.no_grad():
-            method.setup(method.room, self.lesson(2))
+            method.setup(method.context, self.lesson(2))
         self.student.train()
         method.train()
         self.phases = method.phases(self.config)
@@ -97,12 +98,10 @@ class Class:
     def lesson(self, count: int | None = None) -> Lesson:
         n, needs = count or self.batch, self.method.needs
         with torch.no_grad():
-            seen = self.teacher.see(self.pixels[:n], needs)
-        pooled = None if seen.pooled is None else (seen.vectors,)
-        taught = View(seen.out[None], pooled, None if seen.maps is None else (seen.stages,))
-        view = self.student.see(self.pixels[:n], needs)
+            teacher = self.teacher.see(self.pixels[:n], needs)
+        student = self.student.see(self.pixels[:n], needs)
         index, generator = torch.arange(n), torch.Generator().manual_seed(0)
-        return Lesson(self.target[:n], index, 0.0, 0, self.task, generator, view, {"student": view}, taught)
+        return Lesson(self.target[:n], index, 0.0, 0, self.task, generator, student, {"student": student}, [teacher])
 
     @property
     def main(self) -> Phase:
@@ -115,7 +114,7 @@ class Class:
         return [*self.student.parameters(), *self.method.parameters()]
 
     def steps(self, phase: Phase | None = None, count: int = 12, lr: float = 5e-3) -> list[float]:
-        """The loss before each of some Adam steps over all that learns."""
+        """The loss before each of some Adam steps over everything that learns."""
         adam, losses = torch.optim.Adam(self.learning(), lr), []
         for _ in range(count):
             adam.zero_grad()
@@ -127,7 +126,7 @@ class Class:
 
 
 def check_isolated(room: Class, phase: Phase | None = None) -> None:
-    """Finite terms; gradient reaches the student and the method's own parameters, never the teacher, which stays."""
+    """Finite terms; gradient reaches the student and the method's own parameters, never the unchanged teacher."""
     before = {name: x.clone() for name, x in room.teacher.state_dict().items()}
     terms = room.loss(phase)
     assert all(x.shape == () and x.dtype == torch.float32 and torch.isfinite(x) for x in terms.values())

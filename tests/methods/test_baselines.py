@@ -2,11 +2,14 @@
 
 import math
 
+import feature_kit as kit
 import pytest
 import torch
 
-from kdcli import losses, methods
-from kdcli.methods import Lesson, Phase, View
+from kdcli import methods
+from kdcli.losses.classroom_kd import soft_loss
+from kdcli.methods import Lesson, Phase
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 
@@ -17,11 +20,18 @@ PHASE = Phase("main", 1, ("student",), TrainConfig())
 
 
 def lesson(mentors=MENTORS, target=TARGET, smoothing=0.0) -> Lesson:
-    view = View(torch.tensor(STUDENT, requires_grad=True))
-    taught = None if mentors is None else View(torch.tensor(mentors))
+    view = Output(torch.tensor(STUDENT, requires_grad=True))
     task = Classify(3, smoothing)
     return Lesson(
-        torch.tensor(target), torch.arange(2), 0.0, 0, task, torch.Generator(), view, {"student": view}, taught
+        torch.tensor(target),
+        torch.arange(2),
+        0.0,
+        0,
+        task,
+        torch.Generator(),
+        view,
+        {"student": view},
+        kit.each(mentors),
     )
 
 
@@ -46,8 +56,8 @@ def loss(name: str, given: Lesson | None = None, **options: object) -> dict[str,
     return {key: value.item() for key, value in terms.items()}
 
 
-def test_nokd_is_cross_entropy_and_never_asks_for_mentors():
-    assert loss("nokd", lesson(mentors=None)) == {"hard": pytest.approx(cross_entropy())}
+def test_nokd_is_cross_entropy_and_needs_no_mentors():
+    assert loss("nokd", lesson(mentors=())) == {"hard": pytest.approx(cross_entropy())}
     assert methods.find("nokd").teachers == 0
 
 
@@ -59,7 +69,7 @@ def test_nokd_smooths_labels_where_the_task_does():
 def test_kd_weighs_labels_and_the_teacher_alone():
     expected = {"hard": 0.1 * cross_entropy(), "teacher": 0.9 * distilled(MENTORS[0], 4.0)}
     assert loss("kd") == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
-    assert loss("kd") == loss("kd", lesson(mentors=MENTORS[:1]))  # peers are not heard
+    assert loss("kd") == loss("kd", lesson(mentors=MENTORS[:1]))  # peers are ignored
 
 
 def test_kd_options():
@@ -79,10 +89,10 @@ def test_aver_is_eq_12(form, tau):
 def test_aver_and_kd_are_made_of_the_soft_loss():
     student, mentors = torch.tensor(STUDENT), torch.tensor(MENTORS)
     for form in ("sum", "mean"):
-        each = losses.soft_loss(student, mentors, tau=4.0).mean(-1)
+        each = soft_loss(student, mentors, tau=4.0).mean(-1)
         exact = each.sum() if form == "sum" else each.mean()
         assert loss("aver", form=form)["mentors"] == pytest.approx(exact.item())
-    assert loss("kd", beta=1)["teacher"] == pytest.approx(losses.soft_loss(student, mentors[0], tau=4.0).mean().item())
+    assert loss("kd", beta=1)["teacher"] == pytest.approx(soft_loss(student, mentors[0], tau=4.0).mean().item())
 
 
 def test_defaults_of_a_method():

@@ -4,11 +4,14 @@ import itertools
 import math
 from typing import Any
 
+import feature_kit as kit
 import pytest
 import torch
 
-from kdcli import losses, methods
-from kdcli.methods import Lesson, Phase, View
+from kdcli import methods
+from kdcli.losses.classroom_kd import soft_loss
+from kdcli.methods import Lesson, Phase
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 
@@ -97,7 +100,7 @@ def by_hand(student, mentors, target, **given: Any) -> dict[str, Any]:
 
 
 def teach(student=STUDENT, mentors=MENTORS, target=TARGET, **options: Any) -> tuple[dict[str, torch.Tensor], Lesson]:
-    view = View(torch.tensor(student, requires_grad=True))
+    view = Output(torch.tensor(student, requires_grad=True))
     batch = torch.arange(len(target))
     lesson = Lesson(
         torch.tensor(target),
@@ -108,7 +111,7 @@ def teach(student=STUDENT, mentors=MENTORS, target=TARGET, **options: Any) -> tu
         torch.Generator(),
         view,
         {"student": view},
-        View(torch.tensor(mentors)),
+        kit.each(mentors),
     )
     return methods.build("classroom", options).loss(lesson, PHASE), lesson
 
@@ -165,7 +168,7 @@ def test_one_vectorised_step_is_a_loop_over_mentors():
     total = 0.0
     for m, mentor in enumerate(MENTORS):
         if notes["active"][m]:
-            kl = losses.soft_loss(student, torch.tensor(mentor), tau=notes["temperature"][m].item()).mean()
+            kl = soft_loss(student, torch.tensor(mentor), tau=notes["temperature"][m].item()).mean()
             total += (notes["rank"][m + 1] * kl).item()
     assert terms["mentors"].item() == pytest.approx(total, rel=1e-5)
 

@@ -183,7 +183,7 @@ def test_memories_larger_than_memory_are_refused_before_anything_is_allocated(mo
     monkeypatch.setattr(torch.nn, "Linear", None)
     with pytest.raises(RecipeError) as caught:
         crd(given, feat_dim=2**30)
-    assert "method.feat_dim: memories of 12 images' vectors of 1073741824 numbers" in caught.value.message
+    assert "method.feat_dim: the memories of both networks (12 images x 1073741824 numbers)" in caught.value.message
     assert "96.00 GiB" in caught.value.message
     assert "0.01 GiB are free on cpu" in caught.value.message
     assert "method.feat_dim" in caught.value.hint

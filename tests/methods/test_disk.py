@@ -20,8 +20,8 @@ from kdcli.losses import disk
 from kdcli.methods.disk import DiSK
 from kdcli.recipe import TrainConfig
 from kdcli.training import learner
-from kdcli.training.loop import EpochEnd
-from kdcli.workflows import distill
+from kdcli.training.session import EpochEnd
+from kdcli.workflows import groups
 
 
 def room(batch: int = 6, epochs: int = 4, student: str = "zoo", teacher: Any = "wide", **options: Any) -> Class:
@@ -58,7 +58,9 @@ def test_guide_and_student_take_turns(epochs, options, expected):
 
 def test_rounds_that_are_not_the_epochs_are_refused():
     method = methods.build("disk", {"rounds": 200})
-    with pytest.raises(RecipeError, match=r"method\.rounds = 200 .* are 600, but train\.epochs = 200") as caught:
+    with pytest.raises(
+        RecipeError, match=r"method\.rounds = 200 .* make 600 epochs, but train\.epochs = 200"
+    ) as caught:
         method.phases(TrainConfig(epochs=200))
     assert "train.epochs=600" in caught.value.hint
     assert len(method.phases(TrainConfig(epochs=600))) == 400
@@ -68,7 +70,7 @@ def test_rounds_that_are_not_the_epochs_are_refused():
     ("options", "words"),
     [
         ({"budget_min": 0.4}, r"method\.budget_min"),
-        ({"average": 0.99, "distance": "simkd"}, r"method\.average.*SimKD"),
+        ({"average": 0.99, "distance": "simkd"}, r"method\.average.*simkd"),
         ({"alpha": 1.5}, r"method\.alpha: .*less than or equal to 1"),
         ({"K": 0}, r"method\.K: .*greater than or equal to 1"),
         ({"tau_s": "find"}, r"method\.tau_s"),
@@ -83,9 +85,9 @@ def test_options_that_cannot_be_are_refused(options, words):
 
 
 def test_each_round_has_its_lambda_and_budget():
-    taught = room(epochs=8, inner_epochs=2, period=3, lambda_min=1.0, lambda_max=9.0, budget=0.6, budget_min=0.4,
+    it = room(epochs=8, inner_epochs=2, period=3, lambda_min=1.0, lambda_max=9.0, budget=0.6, budget_min=0.4,
                   budget_period=2, budget_decay=0.5)  # fmt: skip
-    method = taught.method
+    method = it.method
     assert isinstance(method, DiSK)
     found = []
     for epoch, (name, r, _) in enumerate(method.plan):
@@ -106,20 +108,20 @@ def test_official_lambda_starts_its_last_period_like_any_other():
     assert method.lambda_.item() == pytest.approx(0.1)
 
 
-# --- a sweep over the training set ------------------------------------------------------------------------------------
+# --- a pass over the training set ------------------------------------------------------------------------------------
 
 
 def test_the_budget_is_the_students_error_before_the_first_round():
-    taught = room()
-    method = taught.method
+    it = room()
+    method = it.method
     assert isinstance(method, DiSK)
-    lessons = [taught.lesson(6), taught.lesson(4)]
+    lessons = [it.lesson(6), it.lesson(4)]
     wrong = sum(int((one.student.out.argmax(-1) != one.target).sum()) for one in lessons)
     method.begin_epoch(0, lambda: iter(lessons))
     assert method.delta.item() == pytest.approx(wrong / 10)
     assert method.student_tau.item() == 4.0
     second = next(epoch for epoch, (_, r, begins) in enumerate(method.plan) if r == 1 and begins)
-    method.begin_epoch(second, lambda: pytest.fail("swept again"))  # pyright: ignore
+    method.begin_epoch(second, lambda: pytest.fail("passes again"))  # pyright: ignore
 
 
 def test_the_students_temperature_is_searched_every_round():
@@ -128,19 +130,19 @@ def test_the_students_temperature_is_searched_every_round():
         teacher.head.weight.mul_(3)
         assert teacher.head.bias is not None
         teacher.head.bias.mul_(3)
-    taught = room(tau_s="search", budget=0.3, teacher=teacher)
-    taught.student.eval()
-    method, swept = taught.method, []
+    it = room(tau_s="search", budget=0.3, teacher=teacher)
+    it.student.eval()
+    method, passes = it.method, []
     assert isinstance(method, DiSK)
 
-    def sweep():
-        swept.append(1)
+    def train_pass():
+        passes.append(1)
         with torch.no_grad():
-            return iter([taught.lesson(), taught.lesson(4)])
+            return iter([it.lesson(), it.lesson(4)])
 
     for epoch in range(len(method.plan)):
-        method.begin_epoch(epoch, sweep)
-    assert len(swept) == 2
+        method.begin_epoch(epoch, train_pass)
+    assert len(passes) == 2
     assert method.delta.item() == pytest.approx(0.3)
     assert method.student_tau.item() == pytest.approx(4 / 3, rel=1e-3)
 
@@ -158,13 +160,13 @@ def test_the_students_temperature_is_searched_every_round():
     ],
 )
 def test_terms_are_eq_5(options):
-    taught = room(budget=0.05, lambda_min=3.0, **options)
-    method, lesson = taught.method, taught.lesson()
+    it = room(budget=0.05, lambda_min=3.0, **options)
+    method, lesson = it.method, it.lesson()
     official = options.get("variant") == "official"
     with torch.no_grad():
         method.eval()
         z = method.learners()["guide"](torch.cat([lesson.teacher.vectors, lesson.teacher.out], -1))[:, 0]
-        found = {phase.name: method.loss(taught.lesson(), phase) for phase in taught.phases}
+        found = {phase.name: method.loss(it.lesson(), phase) for phase in it.phases}
     lesson.student.out = lesson.student.out.detach()
     k, tau, alpha = options.get("K", 20), options.get("tau", 4.0), options.get("alpha", 0.1)
     tau_s, g, total = options.get("tau_s", tau), torch.sigmoid(z), 0.0
@@ -204,12 +206,12 @@ def test_the_guide_is_the_papers():
 @pytest.mark.parametrize("phase", ["warm", "guide", "student"])
 @pytest.mark.parametrize("distance", ["logits", "features", "simkd"])
 def test_a_phase_has_gradient_for_its_own(phase, distance):
-    taught = room(distance=distance, warm_epochs=1, budget=0.0)
-    this = next(one for one in taught.phases if one.name == phase)
-    learners = taught.method.learners()
+    it = room(distance=distance, warm_epochs=1, budget=0.0)
+    this = next(one for one in it.phases if one.name == phase)
+    learners = it.method.learners()
     for name, module in learners.items():  # what the engine does at a phase's beginning
         module.requires_grad_(name in this.learners).train(name in this.learners)
-    terms = taught.loss(this)
+    terms = it.loss(this)
     assert terms.keys() >= {"hard"}
     torch.stack(list(terms.values())).sum().backward()
     for name, module in learners.items():
@@ -217,16 +219,16 @@ def test_a_phase_has_gradient_for_its_own(phase, distance):
             assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters()), name
         else:
             assert all(p.grad is None for p in module.parameters()), name
-    assert all(p.grad is None for p in taught.teacher.parameters())
+    assert all(p.grad is None for p in it.teacher.parameters())
 
 
 def test_features_are_eq_6():
-    taught = room(distance="features", beta=0.5, alpha=0.2)
-    method, lesson, this = taught.method, taught.lesson(), taught.phases[1]
+    it = room(distance="features", beta=0.5, alpha=0.2)
+    method, lesson, this = it.method, it.lesson(), it.phases[1]
     method.eval()
     assert this.learners == ("student", "embed")
     with torch.no_grad():
-        terms = method.loss(taught.lesson(), this)
+        terms = method.loss(it.lesson(), this)
         g = torch.sigmoid(method.learners()["guide"](torch.cat([lesson.teacher.vectors, lesson.teacher.out], -1))[:, 0])
         apart = (method.learners()["embed"](lesson.student.vectors) - lesson.teacher.vectors).square().sum(1)
     assert terms["teacher"].item() == pytest.approx(0.8 * 0.5 * float(((1 - g) * apart).mean()), rel=1e-5)
@@ -234,42 +236,42 @@ def test_features_are_eq_6():
 
 def test_simkd_with_a_guide():
     """The student ends in the teacher's classifier; an open guide leaves SimKD's own mean squared error."""
-    taught, plain = room(distance="simkd", alpha=0.0), Class(methods.build("simkd", {}), batch=6)
-    for one in (taught, plain):
+    it, plain = room(distance="simkd", alpha=0.0), Class(methods.build("simkd", {}), batch=6)
+    for one in (it, plain):
         one.student.eval()
         one.method.eval()
-    student = taught.student.state_dict()
+    student = it.student.state_dict()
     plain.student.load_state_dict(student)
     with torch.no_grad():
-        weight, bias = list(taught.method.learners()["guide"].parameters())[-2:]
+        weight, bias = list(it.method.learners()["guide"].parameters())[-2:]
         weight.zero_()
         bias.fill_(-100)
-        terms = taught.loss(taught.main)
+        terms = it.loss(it.main)
         assert terms["teacher"].item() == pytest.approx(plain.loss()["features"].item(), rel=1e-5)
         bias.fill_(0)
-        assert taught.loss(taught.main)["teacher"].item() == pytest.approx(terms["teacher"].item() / 2, rel=1e-5)
-    assert taught.method.graduate() is taught.student
-    assert type(taught.student.net).__name__ == "Graduate"
+        assert it.loss(it.main)["teacher"].item() == pytest.approx(terms["teacher"].item() / 2, rel=1e-5)
+    assert it.method.graduate() is it.student
+    assert type(it.student.net).__name__ == "Graduate"
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("zoo", "vit"), ("vit", "torchvision"), ("torchvision", "timm")])
 def test_any_two_families(student, teacher):
-    taught = room(student=student, teacher=teacher, distance="features")
-    for phase in taught.phases[:2]:
-        heads_kit.check_isolated(taught, phase)
+    it = room(student=student, teacher=teacher, distance="features")
+    for phase in it.phases[:2]:
+        heads_kit.check_isolated(it, phase)
 
 
 def test_a_guide_learns_to_help_where_the_student_fails():
     """Free of its budget it helps with everything; held to it, with what is cheap: the easy images."""
-    taught = room(batch=20, lambda_min=0.0, budget=0.0, alpha=0.0)
-    method, notes = taught.method, []
+    it = room(batch=20, lambda_min=0.0, budget=0.0, alpha=0.0)
+    method, notes = it.method, []
     assert isinstance(method, DiSK)
     adam = torch.optim.Adam(method.guide.parameters(), 0.01)
     for weight in [0.0] * 40 + [1000.0] * 60:
         method.lambda_.fill_(weight)
         adam.zero_grad()
-        lesson = taught.lesson()
-        torch.stack(list(method.loss(lesson, taught.phases[0]).values())).sum().backward()
+        lesson = it.lesson()
+        torch.stack(list(method.loss(lesson, it.phases[0]).values())).sum().backward()
         adam.step()
         notes.append(lesson.notes["guide"].item())
     assert notes[39] > 0.8
@@ -303,7 +305,7 @@ def test_turns_move_only_who_learns(tmp_path: Path, more: dict[str, Any]) -> Non
         if isinstance(event, EpochEnd):
             seen[event.epoch] = dict(zip(parts, states(*parts.values()), strict=True))
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert [name for name, _, _ in method.plan] == ["warm", "guide", "student", "guide", "student"]
     for epoch, (name, _, _) in enumerate(method.plan, 1):
         moved = {part for part in parts if not kit.same(seen[epoch][part], seen[epoch - 1][part])}
@@ -332,8 +334,8 @@ def test_turns_resume_to_the_bit(tmp_path: Path, at: tuple[int, int], more: dict
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(opened), kit.at(*at, stop))
-    kit.drive(distill.go(kit.session(config, opened.run.path, resume=True), resume=True))
+        kit.drive(groups.go(opened), kit.at(*at, stop))
+    kit.drive(groups.go(kit.session(config, opened.run.path, resume=True), resume=True))
     assert kit.same(kit.student(opened.run), kit.student(whole))
     assert opened.run.metrics() == whole.metrics()
 
@@ -350,7 +352,7 @@ def test_a_moving_average_teaches_without_a_mentor(tmp_path: Path) -> None:
         nets = (one.student, one.method.learners()["average"])
         weights.append(tuple(net.get_parameter("net.fc.weight").detach().clone() for net in nets))  # pyright: ignore
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert torch.equal(*weights[0])  # the guide's first epoch
     changed = 0
     for (_, last), (student, average) in itertools.pairwise(weights):
@@ -367,13 +369,13 @@ def test_a_moving_average_teaches_without_a_mentor(tmp_path: Path) -> None:
         ({"train.accumulate": 2}, "accumulate = 2"),
         ({"train.mixup": 0.2}, "mixup"),
         ({"train.batch_size": 29, "train.drop_last": False}, "one image"),
-        ({"classroom.teacher": None, "classroom.peers": []}, "learns from mentors"),
+        ({"classroom.teacher": None, "classroom.peers": []}, "needs 1 mentor"),
     ],
 )
 def test_what_its_equations_cannot_mean_is_refused(keys: dict[str, Any], words: str) -> None:
     config = recipe().with_(**keys)
     with pytest.raises(RecipeError, match=words):
-        learner.Learner("disk", config, kit.seat(config), 3)
+        learner.Learner("disk", config, kit.classroom(config), 3)
 
 
 def test_lambda_is_the_losses():

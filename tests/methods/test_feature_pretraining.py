@@ -8,11 +8,13 @@ from torch import nn
 
 from kdcli.errors import RecipeError
 from kdcli.losses.feature_pretraining import boundary_loss, factor_loss
+from kdcli.methods import Need
 from kdcli.methods.classifier import OFA, SimKD
 from kdcli.methods.feature_attention import SMKD, SemCKD
 from kdcli.methods.feature_pretraining import AB, FT, initial
-from kdcli.methods.pairing import fit, pair
+from kdcli.methods.pairing import pair
 from kdcli.methods.shake import SHAKE
+from kdcli.models.layers import fit
 from kdcli.recipe import TrainConfig
 
 LESS = 0.97  # of the first loss, after a dozen steps
@@ -23,7 +25,7 @@ EVERY = [*PAIRS, *TOKEN_TEACHERS]
 @pytest.mark.parametrize(("student", "teacher"), EVERY)
 def test_ft_learns_in_both_stages(student, teacher, variant):
     if variant == "official" and {"torchvision", "conv_head"} & {student, teacher}:  # whose last map is one position
-        with pytest.raises(RecipeError, match="of one position") as caught:
+        with pytest.raises(RecipeError, match="to one position") as caught:
             Class(FT(variant=variant), student, teacher)
         assert 'variant = "paper"' in caught.value.hint
         return
@@ -104,10 +106,10 @@ def test_initial_stages_come_on_top_of_the_recipe():
 def test_the_paraphraser_has_its_own_rate(arch, given, rate):
     room = Class(FT(init_lr=given), lr=0.3, optimizer="adamw")
     room.student.architecture = type(room.student.architecture)("zoo", arch, None, arch)
-    room.method.setup(room.method.room, room.lesson(2)) if given is None else None
+    room.method.setup(room.method.context, room.lesson(2)) if given is None else None
     method = FT(init_lr=given)
-    method.room = room.method.room
-    method.setup(method.room, room.lesson(2))
+    method.context = room.method.context
+    method.setup(method.context, room.lesson(2))
     first, main = method.phases(room.config)
     assert (first.train.lr, first.train.optimizer, first.train.weight_decay) == (rate, "sgd", 5e-4)
     assert (main.train.lr, main.train.optimizer) == (0.3, "adamw")
@@ -216,13 +218,13 @@ def test_semckd_refuses_data_smaller_than_a_batch():
 
 @pytest.mark.parametrize("make", [FT, SMKD, SemCKD, SimKD, OFA, SHAKE])
 def test_what_another_method_asked_for_changes_nothing(make):
-    """In a `compare` beside AB the mentors' maps also hold what came before activations."""
+    """In a `compare` with AB the mentors' maps also include those before activations."""
     room = Class(make())
     alone = {key: x.item() for key, x in room.loss().items()}
     for norm in room.student.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.reset_running_stats()
-    room.method.needs |= {"pre"}
+    room.method.needs |= {Need.PRE}
     assert any(name.endswith(".pre") for name in room.lesson().teacher.stages)
     assert {key: x.item() for key, x in room.loss().items()} == pytest.approx(alone, rel=1e-5)
 

@@ -9,8 +9,8 @@ from torch import nn
 from kdcli import methods
 from kdcli.errors import RecipeError
 from kdcli.losses import features as losses
-from kdcli.methods import pairing
 from kdcli.methods.features import Regressor
+from kdcli.models import layers
 
 NAMES = ["fitnets", "at", "sp", "nst", "vid"]
 WEIGHTS = {"fitnets": 100, "at": 1000, "sp": 3000, "nst": 50, "vid": 1}
@@ -67,7 +67,7 @@ def test_nst_sums_over_all_pairs():
     ours, theirs = given.student.stages, given.teacher.stages
     expected = torch.zeros(())
     for here, there in (("stage1", "stage2"), ("stage2", "stage3"), ("stage3", "stage4")):
-        expected += losses.selectivity_loss(*pairing.fit(ours[here], theirs[there]))
+        expected += losses.selectivity_loss(*layers.fit(ours[here], theirs[there]))
     torch.testing.assert_close(kit.ready("nst", given).loss(given, kit.PHASE)["maps"], 50 * expected)
 
 

@@ -3,14 +3,17 @@
 import math
 from typing import Any
 
+import feature_kit as kit
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kdcli import losses, methods
+from kdcli import methods
 from kdcli.errors import RecipeError
-from kdcli.methods import Lesson, Phase, View
-from kdcli.methods.multilevel import masks
+from kdcli.losses import logits as losses
+from kdcli.methods import Lesson, Phase
+from kdcli.methods.logits import masks
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 
@@ -25,11 +28,10 @@ PHASE = Phase("main", 1, ("student",), TrainConfig())
 
 
 def lesson(epoch: float = 0.0, target: Any = None, strong: bool = False, peers: bool = True) -> Lesson:
-    mentors = View(torch.tensor([TEACHER, PEER] if peers else [TEACHER]))
-    view = View(torch.tensor(STUDENT, requires_grad=True))
+    view = Output(torch.tensor(STUDENT, requires_grad=True))
     if strong:
-        view.strong = View(torch.tensor(STRONG, requires_grad=True))
-        mentors.strong = View(torch.tensor([STRONG_TEACHER, PEER]))
+        view.strong = Output(torch.tensor(STRONG, requires_grad=True))
+    mentors = kit.each([TEACHER, PEER] if peers else [TEACHER], [STRONG_TEACHER, PEER] if strong else None)
     target = torch.tensor(TARGET) if target is None else target
     generator = torch.Generator().manual_seed(0)
     return Lesson(target, torch.arange(4), epoch, 0, Classify(4), generator, view, {"student": view}, mentors)
@@ -296,8 +298,9 @@ SETS: list[tuple[str, dict[str, Any]]] = [
 def test_nothing_is_read_back_to_the_host(name, options):
     method = methods.build(name, options)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student, mentors = View(torch.randn(4, 4, requires_grad=True)), View(torch.randn(2, 4, 4))
-        student.strong, mentors.strong = View(torch.randn(4, 4, requires_grad=True)), View(torch.randn(2, 4, 4))
+        student = Output(torch.randn(4, 4, requires_grad=True))
+        student.strong = Output(torch.randn(4, 4, requires_grad=True))
+        mentors = kit.each(torch.randn(2, 4, 4), torch.randn(2, 4, 4))
         target = torch.zeros(4, dtype=torch.int64)
         given = Lesson(target, target, 3.0, 9, Classify(4), torch.Generator(), student, {"student": student}, mentors)
         assert all(value.shape == () for value in method.loss(given, PHASE).values())
@@ -307,8 +310,7 @@ def test_nothing_is_read_back_to_the_host(name, options):
 def test_half_precision_answers_are_computed_in_float32(name, options):
     low, exact = lesson(30.0, strong=True), lesson(30.0, strong=True)
     for given, dtype in ((low, torch.bfloat16), (exact, torch.float32)):
-        assert given.mentors is not None
-        for view in (given.student, given.mentors):
+        for view in (given.student, *given.mentors):
             assert view.strong is not None
             view.out = view.out.detach().bfloat16().to(dtype)
             view.strong.out = view.strong.out.detach().bfloat16().to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdcli import methods
 from kdcli.errors import RecipeError
-from kdcli.methods import Lesson, Phase, Room, View
+from kdcli.methods import Lesson, Phase, SetupContext
 from kdcli.methods.multi_teacher import CAMKD
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
@@ -22,7 +22,7 @@ TEACHERS = ("wide", "torchvision", "wrn")  # of other widths and map sizes than 
 
 
 class Several:
-    """A method with a student and several teachers, and the lesson it is given."""
+    """A method with a student and several teachers, and a lesson for it."""
 
     def __init__(self, name: str, student: str = "zoo", teachers: tuple[str, ...] = TEACHERS, **options: Any) -> None:
         self.method = methods.build(name, options)
@@ -31,10 +31,10 @@ class Several:
         self.teachers = [member(kind, seeds.get(kind, 9)).requires_grad_(False).eval() for kind in teachers]
         self.task, self.target = Classify(K), torch.arange(B) % K
         self.pixels = torch.rand(B, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
-        room = Room(
+        room = SetupContext(
             self.student, self.teachers, cast(Any, SimpleNamespace()), self.task, PHASE.train, CPU, cast(Any, 0)
         )
-        self.method.room = room
+        self.method.context = room
         with torch.no_grad():
             self.method.setup(room, self.lesson())
 
@@ -42,11 +42,9 @@ class Several:
         needs = self.method.needs
         with torch.no_grad():
             seen = [teacher.see(self.pixels, needs) for teacher in self.teachers]
-        maps = tuple(one.stages for one in seen) if "maps" in needs else None
-        taught = View(torch.stack([one.out for one in seen]), None, maps)
         view = self.student.see(self.pixels, needs)
         generator = torch.Generator().manual_seed(0)
-        return Lesson(self.target, torch.arange(B), 0.0, 0, self.task, generator, view, {"student": view}, taught)
+        return Lesson(self.target, torch.arange(B), 0.0, 0, self.task, generator, view, {"student": view}, seen)
 
     def terms(self, lesson: Lesson | None = None) -> dict[str, Tensor]:
         return self.method.loss(lesson or self.lesson(), PHASE)
@@ -76,15 +74,14 @@ def test_camkd_is_its_equations(variant, wide):
         ce = torch.stack([F.cross_entropy(out, room.target, reduction="none") for out in outs])
         return (1 - ce.softmax(0)) / (m - 1)
 
-    student, taught = lesson.student, lesson.mentors
-    assert taught is not None
-    soft = room.task.soft(student.out, taught.out, 4.0)
+    student, mentors = lesson.student, lesson.mentors
+    soft = room.task.soft(student.out, lesson.mentors_out, 4.0)
     terms = room.terms(lesson)
-    torch.testing.assert_close(terms["mentors"], share * (weights([*taught.out]) * soft).sum() / B)
+    torch.testing.assert_close(terms["mentors"], share * (weights([one.out for one in mentors]) * soft).sum() / B)
 
     ours, errors, probes = [*student.stages.values()][-1], [], []
     for n, (project, teacher) in enumerate(zip(room.method.projectors, room.teachers, strict=True)):
-        theirs = [*taught.of(n).stages.values()][-1]
+        theirs = [*mentors[n].stages.values()][-1]
         assert ours.shape[2:] != theirs.shape[2:] or n != 1  # one of them is of another size
         x = F.interpolate(ours, theirs.shape[2:], mode="bilinear") if theirs.shape[2] > ours.shape[2] else ours
         x = F.adaptive_avg_pool2d(x, (theirs.shape[2], theirs.shape[3]))
@@ -114,10 +111,7 @@ def test_camkd_does_not_depend_on_its_teachers_order():
     losses = []
     for order in ([0, 1, 2], [2, 1, 0]):
         lesson = one.lesson()
-        assert lesson.mentors is not None
-        assert isinstance(lesson.mentors.maps, tuple)
-        maps = lesson.mentors.maps
-        lesson.mentors = View(lesson.mentors.out[order], None, tuple(maps[m] for m in order))
+        lesson.mentors = [lesson.mentors[m] for m in order]
         two = Several("camkd", teachers=tuple(TEACHERS[m] for m in order))
         assert isinstance(one.method, CAMKD)
         assert isinstance(two.method, CAMKD)
@@ -143,7 +137,9 @@ def test_gradient_reaches_student_and_projectors_and_no_teacher(name, student):
 
 @pytest.mark.parametrize("teacher", ["vit", "swin"])
 def test_camkd_refuses_a_teacher_whose_classifier_does_not_take_its_last_map(teacher):
-    with pytest.raises(RecipeError, match=r"method\.feature: the classifier of .* does not take") as caught:
+    with pytest.raises(
+        RecipeError, match=r"method\.feature: the classifier of .* reads more than its last map"
+    ) as caught:
         Several("camkd", teachers=("wide", teacher))
     assert "--set method.feature=0" in caught.value.hint
     room = Several("camkd", teachers=("wide", teacher), feature=0)
@@ -166,7 +162,7 @@ def test_aekd_weighs_by_the_shortest_mean_gradient():
 
 
 def test_aekd_refuses_a_bound_that_no_weights_can_keep():
-    with pytest.raises(RecipeError, match=r"method.C = 0.3: 3 teachers") as caught:
+    with pytest.raises(RecipeError, match=r"method\.C = 0\.3: the weights of 3 teachers") as caught:
         Several("aekd", C=0.3)
     assert "--set method.C=0.33" in caught.value.hint
     assert Several("aekd", C=0.34).terms()["mentors"].isfinite()

@@ -14,13 +14,14 @@ from torch import Tensor
 from kdcli import methods
 from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.losses.online import mutual_loss, peer_loss
-from kdcli.mentors.classroom import Member
-from kdcli.methods import Lesson, Phase, Room
+from kdcli.methods import Lesson, Phase, SetupContext
 from kdcli.methods.online import Cohort
+from kdcli.models.member import Member
 from kdcli.recipe import TrainConfig
 from kdcli.tasks import Classify
 from kdcli.training.evaluate import score
-from kdcli.workflows import distill
+from kdcli.training.student import student_of
+from kdcli.workflows import groups
 
 B = 6
 PHASE = Phase("main", 1, ("student",), TrainConfig())
@@ -33,7 +34,7 @@ EVERY = pytest.mark.parametrize(("name", "options"), FORMS, ids=lambda one: one 
 
 
 class Together:
-    """A method whose students are small networks, and the lesson it is given."""
+    """A method whose students are small networks, and a lesson for it."""
 
     def __init__(self, name: str, student: str = "zoo", **options: Any) -> None:
         built = methods.build(name, options)
@@ -41,15 +42,17 @@ class Together:
         self.method, self.student = built, member(student, 1)
         self.task, self.target = Classify(K), torch.arange(B) % K
         self.pixels = torch.rand(B, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
-        self.seats: list[int] = []
-        seat = cast(Callable[[int, str | None], Member], lambda seed, kind: self._seat(seed, kind or student))
-        self.method.room = Room(self.student, [], cast(Any, SimpleNamespace()), self.task, PHASE.train, CPU, seat)
+        self.seeds: list[int] = []
+        new = cast(Callable[[int, str | None], Member], lambda seed, kind: self._member(seed, kind or student))
+        self.method.context = SetupContext(
+            self.student, [], cast(Any, SimpleNamespace()), self.task, PHASE.train, CPU, new
+        )
         with torch.no_grad():
-            self.method.setup(self.method.room, self.lesson(first=True))
+            self.method.setup(self.method.context, self.lesson(first=True))
         self.method.train()
 
-    def _seat(self, seed: int, kind: str) -> Member:
-        self.seats.append(seed)
+    def _member(self, seed: int, kind: str) -> Member:
+        self.seeds.append(seed)
         return member(kind, seed % 1000)
 
     def lesson(self, epoch: float = 80.0, *, first: bool = False) -> Lesson:
@@ -57,7 +60,7 @@ class Together:
         views = {name: one.see(self.pixels, self.method.needs) for name, one in readers.items()}
         generator = torch.Generator().manual_seed(0)
         student = views["student"]
-        return Lesson(self.target, torch.arange(B), epoch, 0, self.task, generator, student, views, None)
+        return Lesson(self.target, torch.arange(B), epoch, 0, self.task, generator, student, views, [])
 
     def ce(self, *outs: Tensor) -> Tensor:
         return torch.stack([self.task.hard(out, self.target).mean() for out in outs]).sum()
@@ -67,9 +70,9 @@ class Together:
 
 
 @EVERY
-def test_every_student_learns_and_no_two_begin_alike(name, options):
+def test_every_student_learns_and_no_two_start_equal(name, options):
     room = Together(name, **options)
-    assert len(set(room.seats)) == len(room.seats) == room.method.count
+    assert len(set(room.seeds)) == len(room.seeds) == room.method.count
     terms = room.terms(room.lesson())
     assert all(value.isfinite() and value.shape == () for value in terms.values())
     torch.stack([*terms.values()]).sum().backward()
@@ -82,17 +85,17 @@ def test_every_student_learns_and_no_two_begin_alike(name, options):
 def test_dml_is_the_mutual_loss_and_detaches_its_targets():
     room = Together("dml", students=3, tau=2.0, alpha=2, beta=3)
     lesson = room.lesson()
-    outs = torch.stack([view.out for view in lesson.views.values()])
+    outs = torch.stack([view.out for view in lesson.outputs.values()])
     terms = room.terms(lesson)
     torch.testing.assert_close(terms["hard"], 2 * room.ce(*outs))
     torch.testing.assert_close(terms["peers"], 3 * mutual_loss(outs, tau=2.0).mean())
-    assert list(lesson.views) == ["student", "student2", "student3"]
+    assert list(lesson.outputs) == ["student", "student2", "student3"]
     grads = []
     for variant in ("paper", "official"):
         one = Together("dml", variant=variant)
         given = one.lesson()
         grads.append(torch.autograd.grad(one.terms(given)["peers"], given.student.out)[0])
-    q, p = ((given.views[who].out / 3).softmax(-1) for who in ("student", "student2"))
+    q, p = ((given.outputs[who].out / 3).softmax(-1) for who in ("student", "student2"))
     assert torch.allclose(grads[0], 3 * (q - p) / B, atol=1e-5)
     assert not torch.allclose(grads[1], grads[0], atol=1e-3)
 
@@ -138,10 +141,10 @@ def test_okddip_is_its_equation(form):
     assert method.key.weight.grad.abs().sum() > 0
 
 
-def test_okddips_peers_hear_the_leaders_term_too():
+def test_okddips_leader_term_reaches_the_peers_too():
     room = Together("okddip", form="networks")
     lesson = room.lesson()
-    outs = [lesson.views[name].out for name in ("student", "student2")]
+    outs = [lesson.outputs[name].out for name in ("student", "student2")]
     grads = torch.autograd.grad(room.terms(lesson)["leader"], outs)
     assert all(grad.abs().max() > 1e-5 for grad in grads)
 
@@ -197,7 +200,7 @@ def test_a_transformer_has_no_branches(name):
     [
         ("one", {"keep": 3}, r"method.keep = 3: there are 3 students"),
         ("ffl", {"keep": 2}, r"method.keep = 2: there are 2 students"),
-        ("ffl", {"cohort": ["wide"]}, "method.cohort: branches are of the student's own architecture"),
+        ("ffl", {"cohort": ["wide"]}, "method.cohort: branches have the student's own architecture"),
         ("one", {"split": "stage9"}, r"method.split: the student has no tap 'stage9'"),
         ("one", {"branches": 1}, "method.branches"),
         ("okddip", {"students": 2}, "method.students"),
@@ -208,10 +211,10 @@ def test_what_makes_no_sense_is_refused(name, options, words):
         Together(name, **options)
 
 
-def test_branches_part_where_they_are_told_to():
+def test_branches_part_at_the_chosen_stage():
     early, late = Together("one", split="stage1"), Together("one")
     assert (early.method.tap, late.method.tap) == ("stage1", "stage2")
-    sizes = [len({*room.method.branches[0].parameters()} - {*room.student.parameters()}) for room in (early, late)]
+    sizes = [len({*room.method.copies[0].parameters()} - {*room.student.parameters()}) for room in (early, late)]
     assert sizes[0] > sizes[1] > 0
 
 
@@ -243,15 +246,15 @@ def test_a_stopped_training_ends_as_a_whole_one_and_ships_what_it_scored(name, o
         raise KeyboardInterrupt
 
     stopped = kit.session(config, tmp_path / "stopped")
-    events = distill.go(stopped)
+    events = groups.go(stopped)
     with pytest.raises((KeyboardInterrupt, InterruptedRun)):
         kit.drive(events, kit.at(2, 2, stop))
     again = kit.session(config, tmp_path / "stopped", resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert kit.same(kit.student(whole), kit.student(again.run))
     assert whole.metrics() == again.run.metrics()
-    member = distill.student_of(whole)
-    assert score(member, again.data.test, kit.CPU).top1 == pytest.approx(whole.provenance["top1"])
+    member = student_of(whole)
+    assert score(member, again.data.test, again.learners[0].task, kit.CPU) == pytest.approx(whole.score)
     kept = "cifar_resnet8" if name == "ffl" else config.classroom.student
     assert member.architecture.arch == kept
 

@@ -1,22 +1,24 @@
 """TeKAP against plain Python; TeKAP around other methods; both in real runs."""
 
-import importlib.util
 import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import feature_kit as kit
 import pytest
 import torch
 from engine_kit import home, recipe, session, trained
 from torch import Tensor, nn
 
-from kdcli import losses, methods
+from kdcli import methods
 from kdcli.errors import RecipeError
-from kdcli.methods import METHODS, Lesson, Method, Phase, View
+from kdcli.losses.classroom_kd import soft_loss
+from kdcli.methods import METHODS, Lesson, Method, Need, Phase
 from kdcli.methods.crd import Contrast
 from kdcli.methods.tekap import Perspectives, TeKAP, noisy
+from kdcli.models.outputs import Output
 from kdcli.recipe import TrainConfig, from_dict
 from kdcli.tasks import Classify
 
@@ -31,18 +33,19 @@ def _home(monkeypatch):
 
 def lesson(seed: int = 0, strong: bool = False) -> Lesson:
     numbers = torch.Generator().manual_seed(3)
-    student = View(torch.randn(B, K, generator=numbers, requires_grad=True))
-    mentors = View(2 * torch.randn(M, B, K, generator=numbers))
+    student = Output(torch.randn(B, K, generator=numbers, requires_grad=True))
+    outs, second = 2 * torch.randn(M, B, K, generator=numbers), None
     if strong:
-        student.strong = View(torch.randn(B, K, generator=numbers, requires_grad=True))
-        mentors.strong = View(2 * torch.randn(M, B, K, generator=numbers))
+        student.strong = Output(torch.randn(B, K, generator=numbers, requires_grad=True))
+        second = 2 * torch.randn(M, B, K, generator=numbers)
+    mentors = kit.each(outs, second)
     target = torch.arange(B) % K
     generator = torch.Generator().manual_seed(seed)
     return Lesson(target, torch.arange(B), 0.0, 0, Classify(K), generator, student, {"student": student}, mentors)
 
 
 def kd(given: Lesson, teacher: Tensor, tau: float = 4.0) -> Tensor:
-    return losses.soft_loss(given.student.out, teacher, tau=tau).mean()
+    return soft_loss(given.student.out, teacher, tau=tau).mean()
 
 
 def augmented(given: Lesson, n: int, alpha: float) -> list[Tensor]:
@@ -85,13 +88,13 @@ def test_outer_weights_are_the_papers_for_each_part_unless_given():
         plain = lesson()
         hard = plain.task.hard(plain.student.out, plain.target).mean()
         logit = terms["teacher"] / kd(plain, plain.mentors_out[0]) if "teacher" in terms else torch.zeros(())
-        found[parts] = [round(x, 3) for x in ((terms["hard"] / hard).item(), logit.item(), method.feature_weight)]
+        found[parts] = [round(x, 3) for x in ((terms["hard"] / hard).item(), logit.item(), method.outer[2])]
     assert found == {"logits": [0.1, 0.9, 0.0], "features": [1.0, 0.0, 0.8], "both": [1.0, 1.0, 0.8]}
     given = {"ce_weight": 0.3, "logit_weight": 0.0, "feature_weight": 2.0}
     method = methods.build("tekap", {"parts": "both", **given})
     assert isinstance(method, TeKAP)
     terms = method.loss(lesson(), PHASE)
-    assert (terms["teacher"].item(), terms["tekap"].item(), method.feature_weight) == (0, 0, 2.0)
+    assert (terms["teacher"].item(), terms["tekap"].item(), method.outer[2]) == (0, 0, 2.0)
 
 
 def test_noise_is_fresh_for_every_copy_and_step():
@@ -112,7 +115,7 @@ def test_noise_is_fresh_for_every_copy_and_step():
 
 
 @pytest.mark.parametrize("name", ["kd", "aver", "dkd", "dist", "classroom", "mlkd"])
-def test_a_methods_teaching_once_more_on_noisy_mentors(name):
+def test_a_methods_terms_are_computed_again_on_noisy_mentors(name):
     given = lesson(strong=name == "mlkd")
     around = methods.build(name, {"tekap": {"n": 2, "weight_augmented": 0.7, "weight_original": 0.9}})
     terms, plain = around.loss(given, PHASE), methods.build(name, {})
@@ -124,15 +127,15 @@ def test_a_methods_teaching_once_more_on_noisy_mentors(name):
     hand = torch.zeros(())
     for _ in range(2):
         again = lesson(strong=name == "mlkd")
-        assert again.mentors is not None
-        again.mentors.out = 0.9 * again.mentors.out + 0.1 * torch.randn(M, B, K, generator=generator)
-        if again.mentors.strong is not None:  # each view has noise of its own
-            again.mentors.strong.out = 0.9 * again.mentors.strong.out + 0.1 * torch.randn(M, B, K, generator=generator)
+        for views in (again.mentors, [one.strong for one in again.mentors if one.strong]):  # each view has its noise
+            noise = torch.randn(M, B, K, generator=generator) if views else []
+            for view, eta in zip(views, noise, strict=True):
+                view.out = 0.9 * view.out + 0.1 * eta
         hand = hand + sum(value for key, value in plain.loss(again, PHASE).items() if key != "hard")
     torch.testing.assert_close(terms["tekap"], 0.7 * hand)
 
 
-def test_a_strong_view_that_a_neighbour_asked_for_changes_nothing():
+def test_a_strong_view_for_another_learner_changes_nothing():
     for name, options in (("dkd", {"tekap": True}), ("tekap", {})):
         method = methods.build(name, options)
         here, there = method.loss(lesson(), PHASE), method.loss(beside_two_views(), PHASE)
@@ -141,8 +144,8 @@ def test_a_strong_view_that_a_neighbour_asked_for_changes_nothing():
 
 def beside_two_views() -> Lesson:
     given, numbers = lesson(), torch.Generator().manual_seed(9)
-    assert given.mentors is not None
-    given.mentors.strong = View(torch.randn(M, B, K, generator=numbers))
+    for mentor in given.mentors:
+        mentor.strong = Output(torch.randn(B, K, generator=numbers))
     return given
 
 
@@ -163,36 +166,39 @@ def test_notes_are_those_of_the_mentors_as_they_are():
 
 
 class Whole(Method):
-    """Uses everything a method may, and says what it was given."""
+    """Uses everything that a method may, and records its calls."""
 
-    needs = frozenset({"index", "full_batches"})
+    needs = frozenset({Need.INDEX, Need.FULL_BATCHES})
     teachers = 2
     capturable = False
 
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        self.weight, self.heard = weight, []
+    weight: float = 1.0
+    """Weight of the labels."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.calls: list[Any] = []
         self.adapter = nn.Linear(2, 2)
         self.register_buffer("memory", torch.zeros(3))
 
-    def setup(self, room: Any, lesson: Any) -> None:
-        self.heard.append(("setup", room, lesson))
+    def setup(self, context: Any, lesson: Any) -> None:
+        self.calls.append(("setup", context, lesson))
 
     def learners(self) -> dict[str, nn.Module]:
-        return {"student": self.room.student, "adapter": self.adapter}
+        return {"student": self.context.student, "adapter": self.adapter}
 
     def phases(self, train: TrainConfig) -> list[Phase]:
         return [Phase("first", 3, ("adapter",), train), Phase("main", 2, ("student",), train)]
 
-    def begin_epoch(self, epoch: int, sweep: Any) -> None:
-        self.heard.append(("begin", epoch, sweep))
+    def begin_epoch(self, epoch: int, train_pass: Any) -> None:
+        self.calls.append(("begin", epoch, train_pass))
 
     def loss(self, lesson: Lesson, phase: Phase) -> dict[str, Tensor]:
         self.last = lesson.mentors_out
         return {"hard": self.weight * lesson.student.out.mean(), "mentors": lesson.mentors_out.mean()}
 
     def after(self, lesson: Lesson) -> None:
-        self.heard.append(("after", lesson))
+        self.calls.append(("after", lesson))
 
     def graduate(self) -> Any:
         return "graduate"
@@ -208,15 +214,15 @@ def test_everything_of_the_method_goes_through(monkeypatch):
     room: Any = SimpleNamespace(student=nn.Linear(1, 1))
     given, train = lesson(), TrainConfig()
     around.setup(room, given)
-    assert inner.room is room
+    assert inner.context is room
     assert around.learners() == {"student": room.student, "adapter": inner.adapter}
     assert around.phases(train) == inner.phases(train)
     around.begin_epoch(4, iter)  # pyright: ignore
     around.loss(given, PHASE)
-    assert inner.last is given.mentors_out  # what it keeps for `after` is of the mentors as they are
+    assert inner.last is given.mentors_out  # what it keeps for `after` is of the real mentors
     around.after(given)
     assert around.graduate() == "graduate"
-    assert inner.heard == [("setup", room, given), ("begin", 4, iter), ("after", given)]
+    assert inner.calls == [("setup", room, given), ("begin", 4, iter), ("after", given)]
     inner.memory += 1  # pyright: ignore
     other = methods.build("whole", {"tekap": True})
     other.load_state_dict(around.state_dict())
@@ -236,7 +242,7 @@ def test_everything_of_the_method_goes_through(monkeypatch):
         ("nokd", True, r"method\.tekap: .*nokd has no mentors", "dkd"),
         ("fitnets", True, r"method\.tekap: .*fitnets learns from features alone", 'parts = "features"'),
         ("crd", {"n": 2}, r"method\.tekap: .*crd learns from features alone", 'name = "tekap"'),
-        ("tekap", True, r"method\.tekap: method tekap is that already", "Leave it out"),
+        ("tekap", True, r"method\.tekap: method tekap is TeKAP already", "Leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused(name, given, words, hint):
@@ -249,40 +255,32 @@ def test_false_is_none():
     assert type(methods.build("kd", {"tekap": False})) is methods.find("kd")
 
 
-def test_an_unknown_option_beside_it_is_refused_as_ever():
+def test_an_unknown_option_with_it_is_refused_as_ever():
     with pytest.raises(RecipeError, match=r"method\.zzz: method dkd has no such option"):
         methods.build("dkd", {"tekap": True, "zzz": 1})
 
 
-def built(name: str) -> bool:
-    return importlib.util.find_spec(METHODS[name].partition(":")[0]) is not None
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if built(name)])
-def test_methods_said_to_hear_features_alone_do(name, tmp_path):
-    """Of all others that have mentors some phase's loss depends on the mentors' logits."""
-    method = methods.find(name)
-    config = recipe(name, **{"method.nce_k": 8} if name in ("crd",) else {})
-    if not method.teachers:
-        return
+@pytest.mark.parametrize("name", [name for name in METHODS if methods.find(name).teachers])
+def test_a_method_reads_logits_as_it_declares(name, tmp_path):
+    """Either some phase's loss depends on the mentors' logits, or `reads_logits` is False."""
+    config = recipe(name, **{"method.nce_k": 8} if name == "crd" else {})
     one = session(config, tmp_path).learners[0]
-    batch, mentors = next(iter(one_batch(session(config, tmp_path / "b"))))
-    assert mentors is not None
-    heard = False
+    batch, answers = next(iter(one_batch(session(config, tmp_path / "b"))))
+    reads = False
     for phase in one.phases:
-        given = one.lesson(batch, mentors, 0.0, 0)
-        out = mentors.out.detach().clone().requires_grad_()
+        given = one.lesson(batch, answers.of(one.needs), 0.0, 0)
+        outs = [mentor.out.detach().clone().requires_grad_() for mentor in given.mentors]
+        mentors = [replace(mentor, out=out) for mentor, out in zip(given.mentors, outs, strict=True)]
         with torch.enable_grad():
-            terms = one.method.loss(replace(given, mentors=replace(mentors, out=out)), phase)
-            total = torch.stack(list(terms.values())).sum()
+            total = torch.stack(list(one.method.loss(replace(given, mentors=mentors), phase).values())).sum()
         if total.requires_grad:
-            (grad,) = torch.autograd.grad(total, out, allow_unused=True)
-            heard = heard or grad is not None
-    assert heard == (name not in methods.FEATURES)
+            grads = torch.autograd.grad(total, outs, allow_unused=True)
+            reads = reads or any(grad is not None for grad in grads)
+    assert reads == one.method.reads_logits
 
 
 def one_batch(opened: Any) -> Any:
-    return opened.mentors.taught(itertools.islice(opened.stream.epoch(0), 1))
+    return opened.mentors.answer_ahead(itertools.islice(opened.stream.epoch(0), 1))
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -301,8 +299,8 @@ def featured(options: dict[str, Any]) -> tuple[TeKAP, Lesson]:
     numbers = torch.Generator().manual_seed(8)
     given = lesson()
     given.student.pooled = torch.randn(B, 7, generator=numbers, requires_grad=True)
-    assert given.mentors is not None
-    given.mentors.pooled = tuple(torch.randn(B, width, generator=numbers) for width in (9, 8, 7))
+    for mentor, width in zip(given.mentors, (9, 8, 7), strict=True):
+        mentor.pooled = torch.randn(B, width, generator=numbers)
     method = methods.build("tekap", {"parts": "features", "feat_dim": 4, "nce_k": 8, **options})
     assert isinstance(method, TeKAP)
     device = torch.device("cpu")
@@ -390,14 +388,14 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
 def test_a_run_says_which_options_were_in_force(name, options, tmp_path):
     config = recipe(name, **{f"method.{key}": value for key, value in options.items()})
     run = trained(config, tmp_path / "run")
-    told = {key: value for key, value, _ in run.provenance["chosen"]}[f"method {name}"]
+    chosen = {key: value for key, value, _ in run.provenance["chosen"]}[f"method {name}"]
     if "tekap" in options:
         n = 3 if options["tekap"] is True else options["tekap"]["n"]
-        assert f"tekap.n = {n}, tekap.noise_weight = 0.1, " in told
-        assert "tekap = " not in told
+        assert f"tekap.n = {n}, tekap.noise_weight = 0.1, " in chosen
+        assert "tekap = " not in chosen
         assert "loss/tekap" in run.metrics()[-1]
     else:
-        assert "parts = both" in told
+        assert "parts = both" in chosen
         assert {"loss/contrast", "loss/tekap"} <= run.metrics()[-1].keys()
     assert run.recipe.hash() == config.hash() == run.provenance["recipe"]
     assert run.recipe.method.options == options

@@ -1,4 +1,4 @@
-"""A method of the user's own, `file.py:Class`: found, run, kept with the run, and refused in words."""
+"""A user's own method, `file.py:Class`: found, run, saved with the run, and refused with a clear message."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from cli_kit import STUDENT, TEACHER, TINY, add_mentors, kdcli
 
 from kdcli import methods, recipe as recipes
 from kdcli.errors import RecipeError
+from kdcli.methods import Need
 from kdcli.system import user_code
 from kdcli.training import run as runs
 
@@ -17,9 +18,8 @@ SOURCE = """
 from kdcli.methods import Lesson, Method, Phase, Terms
 
 class Mine(Method):
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        self.weight = weight
+    weight: float = 1.0
+    "Weight of the distillation."
 
     def loss(self, lesson: Lesson, phase: Phase) -> Terms:
         hard = lesson.task.hard(lesson.student.out, lesson.target).mean()
@@ -69,7 +69,9 @@ def stopped(*args: object, path: str) -> runs.Run:
 def test_it_is_built_with_its_options():
     method = methods.build("my_file.py:Mine", {"weight": 2})
     assert (type(method).__name__, method.weight) == ("Mine", 2.0)
-    assert set(methods.options("my_file.py:Mine")) == {"weight"}
+    (option,) = methods.options("my_file.py:Mine").values()
+    assert (option.name, option.words, option.default) == ("weight", "float", 1.0)
+    assert option.doc == "Weight of the distillation."
     assert methods.find("my_file.py:Mine") is methods.find(str(Path("my_file.py").resolve()) + ":Mine")
     with pytest.raises(RecipeError, match=r"method\.weigh: method Mine has no such option") as caught:
         methods.build("my_file.py:Mine", {"weigh": 2})
@@ -135,16 +137,16 @@ def test_the_modules_name_is_private(here):
         ("my_file:Mine", "there is no file my_file", "my_file.py"),
         ("my_file.py:Mein", "my_file.py has no class Mein", "Mine"),
         ("my_file.py:Zzz", "my_file.py has no class Zzz", "Allowed: Mine, Other."),
-        ("my_file.py:Stranger", "my_file.py: Stranger is no method", "Mine, Other"),
+        ("my_file.py:Stranger", "my_file.py: Stranger is not a method", "Mine, Other"),
         ("my_file.py:SOURCE", "my_file.py has no class SOURCE", "Mine"),
-        ("my_file.py:Phase", "my_file.py: Phase is no method", "Mine"),
+        ("my_file.py:Phase", "my_file.py: Phase is not a method", "Mine"),
         ("my_file.py:Method", "my_file.py: Method defines no loss", "def loss"),
-        ("my_file.py", "my_file.py says no class", "my_file.py:Mine"),
-        ("my_file.py:", "my_file.py: says no class", "my_file.py:Mine"),
+        ("my_file.py", "my_file.py names no class", "my_file.py:Mine"),
+        ("my_file.py:", "my_file.py: names no class", "my_file.py:Mine"),
         ("mine", "no method called 'mine'", ""),
     ],
 )
-def test_what_cannot_be_found_is_refused_in_words(name, words, hint):
+def test_what_cannot_be_found_is_refused_with_a_message(name, words, hint):
     said = kdcli("check", "--method", name, code=2)
     assert words in said.err
     assert hint in said.err
@@ -160,14 +162,23 @@ def test_what_cannot_be_found_is_refused_in_words(name, words, hint):
         ("raise SystemExit(3)\n", "broken.py cannot be loaded: broken.py, line 1: SystemExit"),
         ("x = 1\0\n", "broken.py"),
         (
-            SOURCE.replace("super().__init__()", "1 / 0"),
-            "method Mine cannot be made: broken.py, line 6, in __init__: Zero",
+            SOURCE.replace("    def loss", "    def __init__(self, **options):\n        1 / 0\n\n    def loss", 1),
+            "method Mine cannot be created: broken.py, line 9, in __init__: Zero",
         ),
-        (SOURCE.replace("float = 1.0", "Lesson = None"), "method Mine cannot be made: PydanticSchema"),
-        (SOURCE.replace("weight: float", "weight: 'Nothing'"), "Mine: its options cannot be read"),
+        (SOURCE.replace("float = 1.0", "Lesson = None"), "method Mine cannot be created: PydanticSchema"),
+        (SOURCE.replace("weight: float", "weight: 'Nothing'"), "Mine: the annotations of its options cannot be read"),
+        (SOURCE.replace("weight: float", "train: float"), "Mine: an option cannot be called train"),
+        (
+            SOURCE.replace("    def loss", "    needs = {'map', 'pooled'}\n\n    def loss", 1),
+            "method Mine: needs names 'map', which does not exist",
+        ),
+        (
+            SOURCE.replace("    def loss", "    tasks = frozenset({'clasify'})\n\n    def loss", 1),
+            "method Mine: tasks names 'clasify', which does not exist",
+        ),
     ],
 )
-def test_a_file_that_does_not_run_is_refused_in_words(here, source, words):
+def test_a_file_that_does_not_run_is_refused_with_a_message(here, source, words):
     (here / "broken.py").write_text(source, encoding="utf-8")
     said = kdcli("check", "--method", "broken.py:Mine", code=2)
     assert words in said.err
@@ -175,24 +186,93 @@ def test_a_file_that_does_not_run_is_refused_in_words(here, source, words):
     assert not [name for name in sys.modules if name.startswith(user_code.PRIVATE) and name.endswith("broken")]
 
 
+def test_a_typo_in_needs_names_the_nearest_whether_of_the_class_or_of_its_options(here):
+    own = """    def __init__(self, **options):
+        super().__init__(**options)
+        self.needs = frozenset({"hardtarget"})
+
+    def loss"""
+    for needs, nearest in (("    needs = {'map'}\n\n    def loss", "maps"), (own, "hard_target")):
+        (here / "typo.py").write_text(SOURCE.replace("    def loss", needs, 1), encoding="utf-8")
+        with pytest.raises(RecipeError, match="which does not exist") as caught:
+            methods.build("typo.py:Mine", {})
+        assert nearest in caught.value.hint
+
+
+def test_needs_may_be_written_as_words(here):
+    (here / "words.py").write_text(SOURCE.replace("    def loss", "    needs = {'maps'}\n\n    def loss", 1))
+    needs = methods.build("words.py:Mine", {}).needs
+    assert needs == {Need.MAPS}
+    assert all(isinstance(need, Need) for need in needs)
+
+
+def test_constructor_parameters_are_refused_with_the_new_form(here):
+    old = """    def __init__(self, weight: float = 2.0, tau: int = 4) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def loss"""
+    source = SOURCE.replace('    weight: float = 1.0\n    """Weight of the distillation."""\n', "")
+    (here / "old.py").write_text(source.replace("    def loss", old, 1), encoding="utf-8")
+    said = kdcli("check", "--method", "old.py:Mine", code=2)
+    assert "__init__ has parameters of its own (weight, tau); options are annotated class fields" in said.err
+    assert "weight: float = 2.0; tau: int = 4" in said.err
+    assert "def __init__(self, **options): super().__init__(**options)" in said.err
+    (here / "none.py").write_text(
+        SOURCE.replace("    def loss", "    def __init__(self):\n        super().__init__()\n\n    def loss", 1)
+    )
+    assert "does not take its options (weight)" in kdcli("check", "--method", "none.py:Mine", code=2).err
+
+
+def test_what_follows_from_options_is_set_in_the_constructor(here):
+    derived = """    size: int = 2
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.double = 2 * self.size
+
+    def loss"""
+    (here / "derived.py").write_text(SOURCE.replace("    def loss", derived, 1), encoding="utf-8")
+    method = methods.build("derived.py:Mine", {"size": 5})
+    assert (method.size, method.double, method.weight) == (5, 10, 1.0)
+    child = SOURCE.replace("class Other(Mine):\n    pass", "class Other(Mine):\n    weight: float = 3.0")
+    (here / "child.py").write_text(child, encoding="utf-8")
+    (option,) = methods.options("child.py:Other").values()
+    assert (option.default, option.doc) == (3.0, "Weight of the distillation.")
+    assert methods.build("child.py:Other", {}).weight == 3.0
+
+
+def test_check_lists_options_tasks_and_needs():
+    said = kdcli("check", "--method", "my_file.py:Mine").out
+    row = next(line for line in said.splitlines() if line.startswith("weight "))
+    assert row.split() == ["weight", "float", "1.0", "Weight", "of", "the", "distillation."]
+    assert "tasks: classify, multilabel" in said
+    found = kdcli("check", "--method", "nkd", "--json").json
+    known = {one["name"]: one for one in found["known_options"]}
+    assert known["tau"] == {
+        "name": "tau", "type": "float > 0", "default": 1.0, "doc": "Temperature of the non-target classes.",
+    }  # fmt: skip
+    assert (found["mentors"], found["tasks"], found["needs"]) == (1, ["classify"], ["hard_target"])
+
+
 def test_an_error_in_training_names_the_file_and_line(here):
     add_mentors(TEACHER, fit=True)
     (here / "fails.py").write_text(SOURCE.replace("hard = lesson", "hard = lesson.nothing or lesson"), encoding="utf-8")
     said = kdcli("distill", "--method", "fails.py:Mine", *ROOM, code=2)
-    assert "fails.py, line 10, in loss: AttributeError" in said.err
+    assert "fails.py, line 9, in loss: AttributeError" in said.err
 
 
 # --- checked ----------------------------------------------------------------------------------------------------------
 
 
-def test_check_says_what_fails_and_leaves_with_2(here):
+def test_check_reports_what_fails_and_exits_with_2(here):
     (here / "bad.py").write_text(
         SOURCE.replace(".mean()\n        return", ".mean()\n        hard.item()\n        return")
     )
     said = kdcli("check", "--method", "bad.py:Mine", code=2)
     line = next(line for line in said.out.splitlines() if line.startswith("nothing is read back"))
     assert "failed" in line
-    assert "bad.py, line 12, in loss" in line
+    assert "bad.py, line 11, in loss" in line
     assert "method Mine fails 1 of" in said.err
     found = kdcli("check", "--method", "bad.py:Mine", "--json", code=2).json
     assert [one["check"] for one in found["checks"] if one["result"] == "failed"] == [
@@ -213,7 +293,7 @@ def test_check_takes_options_and_built_in_names(here):
     assert "method.tau" in kdcli("check", "--method", "kd", "--set", "method.tau=0", code=2).err
 
 
-def test_with_a_classroom_check_looks_it_over_and_puts_own_methods_to_the_contract():
+def test_with_a_classroom_check_tests_own_methods_too():
     add_mentors(TEACHER, fit=True)
     found = kdcli("check", "--method", "my_file.py:Mine", *ROOM, "--json").json
     assert [one["role"] for one in found["seats"]] == ["student", "teacher"]
@@ -257,7 +337,7 @@ def test_a_stopped_run_does_not_go_on_with_another_file(here, which):
     stopped("distill", "--method", "my_file.py:Mine", *ROOM, path="part")
     (here / which).write_text(SOURCE.replace("4.0", "5.0"), encoding="utf-8")
     said = kdcli("distill", "--resume", "part", code=2)
-    assert "is not the file that part began with" in said.err
+    assert "has changed since part began" in said.err
     assert str(Path(which)) in said.err
     (here / which).write_text(SOURCE, encoding="utf-8")
     kdcli("distill", "--resume", "part")

@@ -1,6 +1,7 @@
 """The zoo: cards, atomic saving, finding the newest, and noticing what was changed."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -26,24 +27,24 @@ def card(**over: object) -> Card:
         "image_size": 32,
         "mean": (0.5, 0.4, 0.3),
         "std": (0.2, 0.2, 0.1),
-        "top1": 72.4,
+        "score": {"top1": 72.4},
         "created": "2026-11-20T10:00:00+00:00",
     }
     return Card.model_validate(plain | over)
 
 
 def test_a_card_reads_back_as_written(tmp_path: Path) -> None:
-    told = card(epoch=20, params=8, licence="Apache-2.0", origin='a "quoted" run')
-    cards.write_card(tmp_path / "x.toml", told)
+    found = card(epoch=20, params=8, licence="Apache-2.0", origin='a "quoted" run')
+    cards.write_card(tmp_path / "x.toml", found)
     back = cards.read_card(tmp_path / "x.toml")
     assert back.path == tmp_path / "x.toml"
-    assert back.model_dump() == told.model_dump()
+    assert back.model_dump() == found.model_dump()
     assert "path" not in (tmp_path / "x.toml").read_text()
 
 
 def test_a_card_says_itself_in_one_line() -> None:
     assert card().line() == "cifar_resnet20 on digits, 72.4 %, 2026-11-20"
-    assert card(top1=None, epoch=20).line() == "cifar_resnet20 on digits, epoch 20, 2026-11-20"
+    assert card(score={}, epoch=20).line() == "cifar_resnet20 on digits, epoch 20, 2026-11-20"
     assert card(architecture="timm:resnet18").line().startswith("timm:resnet18 on digits")
 
 
@@ -62,10 +63,47 @@ def test_a_broken_card_is_refused_by_file_and_key(tmp_path: Path, text: str, nam
 def test_unknown_keys_and_impossible_scores_are_refused(tmp_path: Path) -> None:
     cards.write_card(tmp_path / "x.toml", card())
     good = (tmp_path / "x.toml").read_text()
-    for bad, named in ((good + 'colour = "red"\n', "colour"), (good.replace("72.4", "724.0"), "top1")):
+    for bad, named in (
+        (good + 'colour = "red"\n', r"x\.toml: colour: "),
+        (good.replace("72.4", "724.0"), r"x\.toml: score\.top1: 724\.0 is not a percentage"),
+        (good.replace("72.4", "nan"), r"score\.top1: nan is not a percentage"),
+        (good.replace("top1", "top2"), r"score\.top2: not a metric of classify. Did you mean top5 or top1"),
+        (good.replace('"classify"', '"clasify"'), r"task: no task called 'clasify'. Did you mean classify"),
+        (good.replace("image_size = 32", "image_size = [32, 0]"), r"x\.toml: image_size"),
+        (good.replace("image_size = 32", "image_size = [32, 32, 3]"), r"x\.toml: image_size"),
+    ):
         (tmp_path / "x.toml").write_text(bad)
-        with pytest.raises(WeightsError, match=named):
+        with pytest.raises(WeightsError, match=named) as caught:
             cards.read_card(tmp_path / "x.toml")
+        assert caught.value.exit_code == 3
+
+
+def test_a_card_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Its one metric was a key at the top, and images were square."""
+    now = {"name": "net on data", "architecture": "zoo:cifar_resnet20", "dataset": "digits", "num_classes": 2}
+    then = "".join(f"{key} = {json.dumps(value)}\n" for key, value in now.items())
+    then += "image_size = 32\nmean = [0.5, 0.4, 0.3]\nstd = [0.2, 0.2, 0.1]\ntop1 = 72.4\n"
+    (tmp_path / "x.toml").write_text(then)
+    found = cards.read_card(tmp_path / "x.toml")
+    assert (found.score, found.value, found.task, found.input_size) == ({"top1": 72.4}, 72.4, "classify", (32, 32))
+    (tmp_path / "x.toml").write_text(then.replace("top1 = 72.4\n", ""))
+    assert cards.read_card(tmp_path / "x.toml").value is None
+    (tmp_path / "x.toml").write_text(then.replace("72.4", "724.0"))
+    with pytest.raises(WeightsError, match="not a percentage"):
+        cards.read_card(tmp_path / "x.toml")
+
+
+def test_a_card_of_another_task_and_a_size_that_is_not_square(tmp_path: Path) -> None:
+    cards.write_card(
+        tmp_path / "x.toml", card(task="multilabel", score={"map": 61.25, "f1": 50.0}, image_size=(256, 192))
+    )
+    text = (tmp_path / "x.toml").read_text()
+    assert "image_size = [256, 192]" in text
+    assert "score = {map = 61.25, f1 = 50.0}" in text
+    found = cards.read_card(tmp_path / "x.toml")
+    assert (found.input_size, found.metric.name, found.value) == ((256, 192), "map", 61.25)
+    assert found.line() == "cifar_resnet20 on digits, 61.25 %, 2026-11-20"
+    assert (card().input_size, card().image_size) == ((32, 32), 32)
 
 
 def test_save_writes_both_files_and_fills_the_hash(tmp_path: Path) -> None:
@@ -76,18 +114,18 @@ def test_save_writes_both_files_and_fills_the_hash(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["student.safetensors", "student.toml"]
     back = load_file(path)
     assert all(torch.equal(back[k], v) for k, v in tied.items())
-    told = cards.read_card(path.with_suffix(".toml"))
-    assert told.sha256 == cards.file_hash(path)
-    assert cards.weights_path(told) == path
-    assert cards.verify(told)[0] == "ok"
+    found = cards.read_card(path.with_suffix(".toml"))
+    assert found.sha256 == cards.file_hash(path)
+    assert cards.weights_path(found) == path
+    assert cards.verify(found)[0] == "ok"
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
     cards.save(tmp_path, "s", STATE, card())
-    path = cards.save(tmp_path, "s", {"a": torch.ones(1)}, card(top1=1.0))
-    told = cards.read_card(path.with_suffix(".toml"))
-    assert told.top1 == 1.0
-    assert cards.verify(told)[0] == "ok"
+    path = cards.save(tmp_path, "s", {"a": torch.ones(1)}, card(score={"top1": 1.0}))
+    found = cards.read_card(path.with_suffix(".toml"))
+    assert found.value == 1.0
+    assert cards.verify(found)[0] == "ok"
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,26 +161,26 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 
 def test_added_weights_are_found_by_architecture_and_data() -> None:
-    told = cards.add(STATE, card())
-    assert told.path is not None
-    assert told.path.parent == paths.home() / "zoo"
+    found = cards.add(STATE, card())
+    assert found.path is not None
+    assert found.path.parent == paths.home() / "zoo"
     for name in ("zoo:cifar_resnet20", "cifar_resnet20"):
         hit = cards.find(name, "d1")
         assert hit is not None
-        assert hit.sha256 == told.sha256
+        assert hit.sha256 == found.sha256
     for name, data in (("cifar_resnet20", "d2"), ("cifar_resnet32", "d1"), ("timm:cifar_resnet20", "d1")):
         assert cards.find(name, data) is None
     assert cards.find("cifar_resnet20", "") is None
 
 
 def test_the_newest_wins() -> None:
-    cards.add({"a": torch.ones(1)}, card(created="2026-11-19T00:00:00+00:00", top1=90.0))
-    cards.add({"a": torch.zeros(1)}, card(created="2026-11-21T00:00:00+00:00", top1=10.0))
-    cards.add({"a": torch.full((1,), 2.0)}, card(created="2026-11-20T00:00:00+00:00", top1=50.0))
+    cards.add({"a": torch.ones(1)}, card(created="2026-11-19T00:00:00+00:00", score={"top1": 90.0}))
+    cards.add({"a": torch.zeros(1)}, card(created="2026-11-21T00:00:00+00:00", score={"top1": 10.0}))
+    cards.add({"a": torch.full((1,), 2.0)}, card(created="2026-11-20T00:00:00+00:00", score={"top1": 50.0}))
     hit = cards.find("cifar_resnet20", "d1")
     assert hit is not None
-    assert hit.top1 == 10.0
-    assert [c.top1 for c in cards.cards(shipped=False)] == [10.0, 50.0, 90.0]
+    assert hit.value == 10.0
+    assert [c.value for c in cards.cards(shipped=False)] == [10.0, 50.0, 90.0]
 
 
 def test_a_timm_tag_names_weights_and_no_architecture() -> None:
@@ -154,36 +192,37 @@ def test_a_timm_tag_names_weights_and_no_architecture() -> None:
 
 
 def test_changed_and_missing_weights_are_noticed(tmp_path: Path) -> None:
-    told = cards.add(STATE, card())
-    path = cards.weights_path(told)
+    found = cards.add(STATE, card())
+    path = cards.weights_path(found)
     assert path is not None
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    verdict, detail = cards.verify(told)
+    verdict, detail = cards.verify(found)
     assert verdict == "changed"
     assert str(path) in detail
     path.unlink()
-    assert cards.verify(told)[0] == "missing"
+    assert cards.verify(found)[0] == "missing"
     assert cards.find("cifar_resnet20", "d1") is None
 
 
 def test_one_broken_card_does_not_hide_the_others() -> None:
-    told = cards.add(STATE, card())
+    added = cards.add(STATE, card())
     (paths.home() / "zoo" / "broken.toml").write_text("name = ")
     with pytest.warns(UserWarning, match=r"broken\.toml"):
         found = cards.cards(shipped=False)
-    assert [c.sha256 for c in found] == [told.sha256]
+    assert [c.sha256 for c in found] == [added.sha256]
 
 
 def test_shipped_cards_are_whole_and_bring_no_weights() -> None:
     shipped = {c.architecture: c for c in cards.cards(user=False)}
     assert {f"zoo:cifar_resnet{n}_a" for n in (20, 32, 44, 56)} <= shipped.keys()
-    for told in shipped.values():
-        assert len(told.sha256) == 64
-        assert told.licence
-        assert told.origin
-        assert len(told.classes) == told.num_classes
+    for found in shipped.values():
+        assert len(found.sha256) == 64
+        assert found.licence
+        assert found.origin
+        assert len(found.classes) == found.num_classes
+        assert found.value is not None
     assert cards.verify(shipped["zoo:cifar_resnet20_a"])[0] == "missing"
 
 
@@ -191,9 +230,9 @@ def test_public_checkpoints_are_recognised_by_their_bytes(shared: Path, tmp_path
     source = shared / "data" / "checkpoints" / "resnet20-12fca82f.th"
     renamed = tmp_path / "some.pth"
     renamed.write_bytes(source.read_bytes())
-    told = cards.identify(renamed)
-    assert told is not None
-    assert (told.architecture, told.top1, told.mean) == ("zoo:cifar_resnet20_a", 91.73, (0.485, 0.456, 0.406))
+    found = cards.identify(renamed)
+    assert found is not None
+    assert (found.architecture, found.value, found.mean) == ("zoo:cifar_resnet20_a", 91.73, (0.485, 0.456, 0.406))
     renamed.write_bytes(source.read_bytes() + b"\0")
     assert cards.identify(renamed) is None
     assert cards.identify(tmp_path / "absent.pth") is None

@@ -24,7 +24,7 @@ def load(shared: Path, depth: int) -> torch.nn.Module:
 
 
 def percent(net: torch.nn.Module, shared: Path) -> float:
-    """Top-1 on the 5,000 test pictures of the CIFAR-10 subset, in percent."""
+    """Top-1 on the 5,000 test images of the CIFAR-10 subset, in percent."""
     folder = shared / "data" / "cifar10_subset"
     target = torch.from_numpy(np.load(folder / "index.npz")["test_labels"].astype(np.int64))
     with Image.open(folder / "test-00.webp") as sheet:
@@ -57,7 +57,7 @@ def test_resnet56_scores_what_it_should(shared: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("depth", "published"), [(32, 92.63), (44, 93.10)])
 def test_the_others_score_about_what_is_published(shared: Path, depth: int, published: float) -> None:
-    # Published on all 10,000 pictures; these are 5,000 of them, whose sampling error is 0.26 points (one sigma).
+    # Published on all 10,000 images; these are 5,000 of them, whose sampling error is 0.26 points (one sigma).
     assert percent(load(shared, depth), shared) == pytest.approx(published, abs=0.8)
 
 

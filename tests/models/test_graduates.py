@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 from cli_kit import PEER, STUDENT, TINY, add_mentors, kdcli
+from export_kit import export
 from torch import nn
 
 from kdcli.errors import WeightsError
-from kdcli.export.onnx import OnnxModel, export_onnx
-from kdcli.mentors.classroom import Member, from_card
-from kdcli.models import cards, graduates, registry, weights
+from kdcli.export import open_file
+from kdcli.models import cards, checkpoint, graduates, registry
+from kdcli.models.build import from_card
 from kdcli.models.graduates import Graduate, Spec
-from kdcli.models.registry import ModelName
-from kdcli.training.learner import card
+from kdcli.models.member import Member
+from kdcli.models.net import ModelName
+from kdcli.system.sizes import Size, pair
+from kdcli.tasks import Classify
 from kdcli.training.run import Run
-from kdcli.workflows.distill import student_of
+from kdcli.training.student import card, student_of
 
 SPEC = Spec(width=24, classes=10, size=[4, 4])
 
@@ -43,7 +46,7 @@ def within(folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def taught() -> Iterator[Path]:
+def trained() -> Iterator[Path]:
     """A folder with a finished SimKD run, whose teacher's weights are gone."""
     folder = Path(tempfile.mkdtemp(prefix="kdcli-graduate-"))
     with within(folder):
@@ -56,31 +59,31 @@ def taught() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def there(taught: Path) -> Iterator[None]:
-    with within(taught):
+def there(trained: Path) -> Iterator[None]:
+    with within(trained):
         yield
 
 
-def test_the_run_holds_the_whole_graduate(taught):
-    run = Run(taught / "runs/simkd")
-    told = cards.read_card(run.path / "student.toml")
-    state = weights.load_state(run.path / "student.safetensors")
-    assert told.graduate == {"kind": "simkd", "width": 64, "classes": 10, "bias": True, "size": [4, 4], "factor": 2.0}
-    assert told.architecture == f"zoo:{STUDENT}"
+def test_the_run_holds_the_whole_graduate(trained):
+    run = Run(trained / "runs/simkd")
+    found = cards.read_card(run.path / "student.toml")
+    state = checkpoint.load_state(run.path / "student.safetensors")
+    assert found.graduate == {"kind": "simkd", "width": 64, "classes": 10, "bias": True, "size": [4, 4], "factor": 2.0}
+    assert found.architecture == f"zoo:{STUDENT}"
     assert {key.partition(".")[0] for key in state} == {"net", "projector", "classifier"}
     assert "net.fc.weight" not in state  # the student's own head answers nothing
-    assert told.params == sum(v.numel() for k, v in state.items() if "running" not in k and "num_batches" not in k)
-    assert "(simkd graduate)" in told.line()
+    assert found.params == sum(v.numel() for k, v in state.items() if "running" not in k and "num_batches" not in k)
+    assert "(simkd graduate)" in found.line()
     member = student_of(run)
     assert isinstance(member.net, Graduate)
-    assert weights.digest(member.net) == weights.digest(state)
+    assert checkpoint.digest(member.net) == checkpoint.digest(state)
 
 
 def test_what_evaluate_scores_is_what_was_trained_and_what_export_ships():
     shown = kdcli("runs", "show", "runs/simkd", "--json").json
-    last, told = shown["metrics"][-1], shown["provenance"]
+    last, shown_score = shown["metrics"][-1], shown["provenance"]["score"]
     scored = kdcli("evaluate", "runs/simkd", "--json").json
-    assert scored["top1"] == pytest.approx(last["test/top1"]) == pytest.approx(told["top1"])
+    assert scored["top1"] == pytest.approx(last["test/top1"]) == pytest.approx(shown_score["top1"])
     assert scored["loss"] == pytest.approx(last["test/loss"], rel=1e-4)
     shipped = kdcli("export", "--onnx", "runs/simkd", "--json").json
     assert shipped["agreement"] == 100
@@ -91,20 +94,20 @@ def test_what_evaluate_scores_is_what_was_trained_and_what_export_ships():
     assert "simkd" in kdcli("runs", "show", "runs/simkd").out
 
 
-def test_the_projector_learned_and_the_classifier_did_not(taught):
-    state = weights.load_state(taught / "runs/simkd/student.safetensors")
-    with within(taught):
+def test_the_projector_learned_and_the_classifier_did_not(trained):
+    state = checkpoint.load_state(trained / "runs/simkd/student.safetensors")
+    with within(trained):
         add_mentors(PEER)
         path = cards.weights_path(cards.cards(shipped=False)[0])
         assert path is not None
-        teacher = weights.load_state(path)
-        shutil.rmtree(taught / "home")
+        teacher = checkpoint.load_state(path)
+        shutil.rmtree(trained / "home")
     assert torch.equal(state["classifier.weight"], teacher["fc.weight"])
     assert torch.equal(state["classifier.bias"], teacher["fc.bias"])
     assert state["projector.0.1.num_batches_tracked"] == 4  # updates, and the graduate ran once in each
 
 
-def test_a_graduate_teaches_and_is_taught_on(taught):
+def test_a_graduate_is_a_teacher_and_is_trained_on(trained):
     base = ("--data", "digits", *TINY)
     kdcli(
         "distill",
@@ -138,7 +141,7 @@ def test_a_graduate_teaches_and_is_taught_on(taught):
         cards.read_card(Path("runs/c/student.toml")).graduate
         == cards.read_card(Path("runs/simkd/student.toml")).graduate
     )
-    before, after = (weights.load_state(Path(f"runs/{name}/student.safetensors")) for name in ("simkd", "c"))
+    before, after = (checkpoint.load_state(Path(f"runs/{name}/student.safetensors")) for name in ("simkd", "c"))
     assert torch.equal(before["classifier.weight"], after["classifier.weight"])
     assert not torch.equal(before["net.stem.conv.weight"], after["net.stem.conv.weight"])
 
@@ -148,7 +151,7 @@ def test_simkd_on_top_of_a_graduate_is_refused():
         "distill", "--teacher", f"{STUDENT}@runs/simkd", "--student", f"{STUDENT}@runs/simkd", "--data", "digits",
         "--method", "simkd", *TINY, code=2,
     )  # fmt: skip
-    assert "borrowed classifier already" in said.err
+    assert "already has the classifier of another teacher" in said.err
 
 
 def test_a_bare_name_never_means_a_graduate():
@@ -157,12 +160,12 @@ def test_a_bare_name_never_means_a_graduate():
     assert cards.find(f"zoo:{STUDENT}", cards.cards(shipped=False)[0].data_hash) is None
 
 
-def test_a_graduate_of_another_version_is_named(taught):
-    told = cards.read_card(taught / "runs/simkd/student.toml")
-    assert told.graduate is not None
-    state = weights.load_state(taught / "runs/simkd/student.safetensors")
+def test_a_graduate_of_another_version_is_named(trained):
+    found = cards.read_card(trained / "runs/simkd/student.toml")
+    assert found.graduate is not None
+    state = checkpoint.load_state(trained / "runs/simkd/student.safetensors")
     with pytest.raises(WeightsError, match="its card's graduate"):
-        from_card(told.model_copy(update={"graduate": {**told.graduate, "kind": "simkd9"}}), state)
+        from_card(found.model_copy(update={"graduate": {**found.graduate, "kind": "simkd9"}}), state)
 
 
 @pytest.mark.parametrize(
@@ -183,35 +186,60 @@ def test_any_student_graduates_and_ships(spec, size, tmp_path):
     torch.manual_seed(0)
     net = registry.create(name, 10).module
     heads = sum(p.numel() for p in net.parameters())
-    graduate = Graduate(net, SPEC, size, name.full)
+    graduate = Graduate(net, SPEC, pair(size), name.full)
     for layer in graduate.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, std=0.3)
     assert sum(p.numel() for p in graduate.net.parameters()) < heads
-    member = as_member(graduate, name, size)
+    member = as_member(graduate, name, pair(size))
     pixels = torch.rand(3, 3, size, size)
-    told = card(member, DATA, 1, 50.0, "a run")
-    again = from_card(told, graduate.state_dict())
+    described = card(member, DATA, task="classify", epoch=1, score={"top1": 50.0}, origin="a run")
+    again = from_card(described, graduate.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(again(pixels), member(pixels))
         seen = member.see(pixels, frozenset({"maps", "pooled"}))
     torch.testing.assert_close(seen.out, member(pixels))
     torch.testing.assert_close(seen.vectors, list(seen.stages.values())[-1].mean((2, 3)))
     assert seen.vectors.shape == (3, 24)
-    done = export_onnx(again, pixels, tmp_path / "student.onnx", metadata={})
+    done = export(again, pixels, tmp_path / "student.onnx", Classify(10))
     assert done.agreement == 100
-    torch.testing.assert_close(OnnxModel(done.path)(pixels), member(pixels).detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(open_file(done.path)(pixels), member(pixels).detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_larger_map_is_pooled_to_any_size(tmp_path):
     """8x8 to 3x3 does not divide; the exported file does the same."""
     name = registry.resolve("zoo:cifar_resnet8")
-    graduate = Graduate(registry.create(name, 10).module, SPEC.model_copy(update={"size": [3, 3]}), 32, name.full)
-    member, pixels = as_member(graduate, name, 32), torch.rand(4, 3, 32, 32)
+    spec, size = SPEC.model_copy(update={"size": [3, 3]}), (32, 32)
+    graduate = Graduate(registry.create(name, 10).module, spec, size, name.full)
+    member, pixels = as_member(graduate, name, size), torch.rand(4, 3, *size)
     with torch.no_grad():
         assert graduate.forward_intermediates(member.read(pixels))[0].shape == (4, 24, 3, 3)
-    assert export_onnx(member, pixels, tmp_path / "student.onnx", metadata={}).max_difference < 1e-4
+    assert export(member, pixels, tmp_path / "student.onnx", Classify(10)).max_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "teachers", "mine"),
+    [
+        ("zoo:cifar_resnet8", (48, 32), [5, 3], (5, 3)),  # the student's last map is 12x8
+        ("zoo:cifar_resnet8", (32, 64), [3, 32], (3, 16)),
+        ("torchvision:resnet18", (192, 128), [12, 8], (6, 4)),
+    ],
+)
+def test_a_graduate_of_images_that_are_not_square(spec, size, teachers, mine):
+    """Its projected map has the smaller height and the smaller width; its card brings it back."""
+    name = registry.resolve(spec)
+    torch.manual_seed(0)
+    graduate = Graduate(registry.create(name, 10).module, SPEC.model_copy(update={"size": teachers}), size, name.full)
+    member, pixels = as_member(graduate, name, size), torch.rand(3, 3, *size)
+    described = card(member, DATA, task="classify", epoch=1, score={}, origin="a run")
+    assert described.input_size == size
+    again = from_card(described, graduate.state_dict())
+    with torch.no_grad():
+        output = again.see(pixels, frozenset({"maps", "pooled"}))
+        torch.testing.assert_close(output.out, member(pixels))
+    assert list(output.stages.values())[-1].shape == (3, 24, *mine)
+    torch.testing.assert_close(output.vectors, list(output.stages.values())[-1].mean((2, 3)))
 
 
 def test_layers_that_cannot_be_left_out_stay():
@@ -232,10 +260,10 @@ def test_layers_that_cannot_be_left_out_stay():
         def forward(self, x):
             return self.forward_head(self.forward_intermediates(x)[0])
 
-    net, _ = graduates.trimmed(Pooling(), 8, "pooling")
+    net, _ = graduates.trimmed(Pooling(), (8, 8), "pooling")
     assert isinstance(net.q, nn.Linear)
     assert isinstance(net.head, nn.Linear)
-    out = Graduate(net, SPEC, 8, "pooling")(torch.rand(2, 3, 8, 8))
+    out = Graduate(net, SPEC, (8, 8), "pooling")(torch.rand(2, 3, 8, 8))
     assert out.shape == (2, 10)
 
 
@@ -243,7 +271,7 @@ DATA: Any = SimpleNamespace(name="ten", hash="", classes=[str(k) for k in range(
 """What a card needs to know of a data set."""
 
 
-def as_member(net: nn.Module, name: ModelName, size: int) -> Member:
+def as_member(net: nn.Module, name: ModelName, size: Size) -> Member:
     three = (0.5, 0.5, 0.5)
     made = Member(net, name, mean=three, std=three, input_size=size, interpolation="bilinear", num_classes=10)
     return made.eval()

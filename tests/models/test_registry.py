@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from kdcli.errors import RecipeError, WeightsError
-from kdcli.models import registry
-from kdcli.models.registry import ModelName, count, create, facts, has_pretrained, resolve, search
+from kdcli.models import from_torchvision, registry
+from kdcli.models.cost import count, facts
+from kdcli.models.net import ModelName
+from kdcli.models.registry import create, pretrained_classes, resolve, search
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def test_torchvision_offers_classifiers_only() -> None:
     assert not {a for a in arches if a.startswith(("fcn", "fasterrcnn", "raft", "quantized", "r3d"))}
 
 
-def test_the_file_imports_no_torch() -> None:
+def test_the_registry_imports_no_torch() -> None:
     code = "import sys, kdcli.models.registry; assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
     root = Path(registry.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
@@ -141,7 +143,7 @@ def test_auxiliary_heads_are_off_and_input_is_not_rescaled(spec: str) -> None:
         net = create(resolve(spec), 5)
     assert net.mean == net.std == (0.5, 0.5, 0.5)
     assert net.module.transform_input is False
-    assert net.module.train()(torch.zeros(2, 3, net.input_size, net.input_size, device="meta")).shape == (2, 5)
+    assert net.module.train()(torch.zeros(2, 3, *net.input_size, device="meta")).shape == (2, 5)
 
 
 def test_networks_say_how_they_want_their_input() -> None:
@@ -151,11 +153,11 @@ def test_networks_say_how_they_want_their_input() -> None:
         tiny = create(resolve("vit_tiny_patch16_224"), None)
         b1 = create(resolve("torchvision:efficientnet_b1"), None)
         cifar = create(resolve("cifar_resnet20"), 100)
-    assert (swin.input_size, swin.fixed_size, swin.interpolation) == (224, True, "bicubic")
-    assert (vit.input_size, vit.fixed_size) == (224, True)
+    assert (swin.input_size, swin.fixed_size, swin.interpolation) == ((224, 224), True, "bicubic")
+    assert (vit.input_size, vit.fixed_size) == ((224, 224), True)
     assert tiny.mean == tiny.std == (0.5, 0.5, 0.5)
-    assert (b1.input_size, b1.fixed_size, b1.interpolation) == (240, False, "bilinear")
-    assert (cifar.input_size, cifar.fixed_size) == (32, False)
+    assert (b1.input_size, b1.fixed_size, b1.interpolation) == ((240, 240), False, "bilinear")
+    assert (cifar.input_size, cifar.fixed_size) == ((32, 32), False)
 
 
 @pytest.mark.parametrize("spec", ["resnet18", "torchvision:resnet18"])
@@ -172,12 +174,12 @@ def test_imagenet_outputs_are_named(spec: str) -> None:
     assert net.classes[482] == "cassette player"
 
 
-def test_has_pretrained_knows_without_downloading(offline: Path) -> None:
-    assert has_pretrained(resolve("resnet18")) == 1000
-    assert has_pretrained(resolve("torchvision:resnet18")) == 1000
-    assert has_pretrained(resolve("vit_base_patch16_224.augreg_in21k")) == 21_843
-    assert has_pretrained(resolve("vit_base_patch16_224.dino")) == 0
-    assert has_pretrained(resolve("cifar_resnet20")) is None
+def test_pretrained_classes_are_known_without_downloading(offline: Path) -> None:
+    assert pretrained_classes(resolve("resnet18")) == 1000
+    assert pretrained_classes(resolve("torchvision:resnet18")) == 1000
+    assert pretrained_classes(resolve("vit_base_patch16_224.augreg_in21k")) == 21_843
+    assert pretrained_classes(resolve("vit_base_patch16_224.dino")) == 0
+    assert pretrained_classes(resolve("cifar_resnet20")) is None
 
 
 def test_facts_equal_the_published_counts() -> None:
@@ -193,12 +195,21 @@ def test_facts_equal_the_published_counts() -> None:
     assert facts(resolve("vit_b_16"), image_size=112)["input_size"] == 224
 
 
+def test_facts_at_a_size_that_is_not_square() -> None:
+    square, tall = (facts(resolve("cifar_resnet20"), 100, size) for size in (32, (64, 32)))
+    assert (square["input_size"], tall["input_size"]) == (32, [64, 32])
+    head = 64 * 100  # every convolution runs at twice as many positions, the classifier once
+    assert tall["macs"] == 2 * square["macs"] - head
+    assert tall["params"] == square["params"]
+    assert facts(resolve("vit_b_16"), image_size=(112, 96))["input_size"] == 224  # fixed, and shown as it is
+
+
 def test_count_of_a_hand_computed_network_leaves_it_alone() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 64, 5)
     )
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    assert count(net.train(), 8) == (3 * 4 * 9 + 8 + 256 * 5 + 5, 3 * 4 * 9 * 64 + 256 * 5)
+    assert count(net.train(), (8, 8)) == (3 * 4 * 9 + 8 + 256 * 5 + 5, 3 * 4 * 9 * 64 + 256 * 5)
     assert net.training
     assert all(p.device.type == "cpu" and p.requires_grad for p in net.parameters())
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
@@ -213,7 +224,7 @@ def test_count_when_the_forward_pass_reads_values() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.conv(x) * float(x.sum().item())
 
-    assert count(Reads(), 4) == (6, 6 * 16)
+    assert count(Reads(), (4, 2)) == (6, 6 * 8)
 
 
 @pytest.mark.parametrize("spec", ["resnet18", "torchvision:squeezenet1_1", "densenet121.tv_in1k"])
@@ -299,12 +310,12 @@ def test_timm_weights_come_from_its_cache_without_asking(offline: Path) -> None:
 
 def test_torchvisions_own_names_for_weights_choose_among_them():
     first = registry.resolve("torchvision:regnet_x_400mf@IMAGENET1K_V1")
-    assert registry.names_weights(first)
-    assert not registry.names_weights(registry.resolve("torchvision:regnet_x_400mf@IMAGENET1K_V9"))
-    assert not registry.names_weights(registry.resolve("timm:regnetx_004@IMAGENET1K_V1"))
+    assert from_torchvision.names_weights(first)
+    assert not from_torchvision.names_weights(registry.resolve("torchvision:regnet_x_400mf@IMAGENET1K_V9"))
+    assert not from_torchvision.names_weights(registry.resolve("timm:regnetx_004@IMAGENET1K_V1"))
     assert registry.create(first, None).interpolation == "bilinear"
     sizes = {
-        w: registry._torchvision_weights(registry.resolve(f"torchvision:regnet_x_400mf{w}"))
+        w: from_torchvision.weights_of(registry.resolve(f"torchvision:regnet_x_400mf{w}"))
         for w in ("", "@IMAGENET1K_V1")
     }
     assert (

@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from kdcli.data import Batch
 from kdcli.errors import WeightsError
-from kdcli.mentors.classroom import Member
 from kdcli.mentors.frozen import Frozen
-from kdcli.mentors.mentors import Mentors
+from kdcli.mentors.mentors import Mentors, rows_of
 from kdcli.models import registry
+from kdcli.models.member import Member
 from kdcli.models.taps import Taps
+from kdcli.system.sizes import Size, pair
 
 CPU = torch.device("cpu")
 MAPS = frozenset({"maps"})
 EVERY = frozenset({"maps", "pre", "pooled"})
-SHAPES = {
+SHAPES: dict[tuple[str, int | Size], list[tuple[int, int, int]]] = {
     ("zoo:cifar_resnet8", 32): [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
     ("zoo:cifar_resnet10_xxs", 32): [(8, 32, 32), (8, 16, 16), (16, 8, 8), (16, 4, 4)],
     ("zoo:cifar_mobilenetv2", 32): [(12, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2)],
@@ -29,10 +31,16 @@ SHAPES = {
     ("torchvision:squeezenet1_1", 64): [(64, 31, 31), (128, 15, 15), (256, 7, 7), (512, 3, 3)],
     ("torchvision:shufflenet_v2_x0_5", 64): [(24, 16, 16), (48, 8, 8), (96, 4, 4), (1024, 2, 2)],
     ("torchvision:swin_t", 224): [(96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7)],
+    ("zoo:cifar_resnet8", (48, 32)): [(16, 48, 32), (32, 24, 16), (64, 12, 8)],
+    ("zoo:cifar_mobilenetv2", (32, 48)): [(12, 16, 24), (16, 8, 12), (48, 4, 6), (160, 2, 3)],
+    ("timm:resnet18", (96, 64)): [(64, 24, 16), (128, 12, 8), (256, 6, 4), (512, 3, 2)],
+    ("timm:regnetx_004", (32, 256)): [(32, 8, 64), (64, 4, 32), (160, 2, 16), (384, 1, 8)],
+    ("torchvision:mobilenet_v3_small", (96, 64)): [(16, 24, 16), (24, 12, 8), (48, 6, 4), (576, 3, 2)],
+    ("torchvision:resnet18", (32, 256)): [(64, 8, 64), (128, 4, 32), (256, 2, 16), (512, 1, 8)],
 }
 
 
-def member(spec: str, size: int) -> Member:
+def member(spec: str, size: int | Size) -> Member:
     """A network with norms that are not at rest: zeros would hide what is read in the wrong place."""
     torch.manual_seed(0)
     name = registry.resolve(spec)
@@ -42,14 +50,14 @@ def member(spec: str, size: int) -> Member:
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, std=0.2)
     half = (0.5, 0.5, 0.5)
-    one = Member(net, name, mean=half, std=half, input_size=size, interpolation="bilinear", num_classes=7)
+    one = Member(net, name, mean=half, std=half, input_size=pair(size), interpolation="bilinear", num_classes=7)
     return one.eval()
 
 
 @pytest.mark.parametrize(("spec", "size"), SHAPES)
 @torch.no_grad()
-def test_stages_pooled_vectors_and_logits_by_name(spec: str, size: int) -> None:
-    one, pixels = member(spec, size), torch.rand(2, 3, size, size)
+def test_stages_pooled_vectors_and_logits_by_name(spec: str, size: int | Size) -> None:
+    one, pixels = member(spec, size), torch.rand(2, 3, *pair(size))
     width = one.width
     wanted = {f"stage{n}": shape for n, shape in enumerate(SHAPES[spec, size], 1)}
     assert one.taps() == {**wanted, "pooled": (width,), "logits": (7,)}
@@ -61,7 +69,7 @@ def test_stages_pooled_vectors_and_logits_by_name(spec: str, size: int) -> None:
         assert seen.stages[tap].shape == seen.stages[f"{tap}.pre"].shape
         assert torch.isfinite(seen.stages[tap]).all()
     if "squeezenet" in spec:  # a ReLU comes after its head
-        with pytest.raises(WeightsError, match="more after its last linear layer"):
+        with pytest.raises(WeightsError, match="layers after its last linear layer"):
             one.check_head()
     else:
         one.check_head()
@@ -147,11 +155,11 @@ class Wilful(Tokens):
         return super().forward(x) if x.sum() > 0 else super().forward(-x)
 
 
-@pytest.mark.parametrize(("kind", "why"), [(Tokens, "it has none"), (Wilful, "control flow|bool")])
+@pytest.mark.parametrize(("kind", "why"), [(Tokens, "it has no maps"), (Wilful, "control flow|bool")])
 def test_a_network_without_maps_is_refused_in_words(kind: type[nn.Module], why: str) -> None:
     with pytest.raises(WeightsError, match=f"maps of mine cannot be read: .*({why})") as caught:
-        Taps(kind(), 8, "mine")
-    assert "logits alone" in caught.value.hint
+        Taps(kind(), (8, 8), "mine")
+    assert "logits only" in caught.value.hint
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -159,18 +167,20 @@ def test_mentors_hand_out_maps_that_a_loss_can_save(workers: int) -> None:
     members = [member("zoo:cifar_resnet8", 32), member("torchvision:resnet18", 32)]
     pixels = torch.rand(6, 3, 32, 32)
     asked = Mentors(members, "fp32", CPU, workers=workers, needs=EVERY)
-    view = asked._live(pixels)
-    assert view.out.shape == (2, 6, 7)
-    for m, one in enumerate(members):
-        alone, plain = view.of(m), one.see(pixels, EVERY)
+    outputs = asked.answer(
+        Batch(pixels, torch.zeros(6, dtype=torch.long), torch.arange(6), torch.full((6,), -1))
+    ).outputs
+    assert [output.out.shape for output in outputs] == [(6, 7), (6, 7)]
+    for alone, one in zip(outputs, members, strict=True):
+        plain = one.see(pixels, EVERY)
         assert list(alone.stages) == list(plain.stages)
         for tap, x in alone.stages.items():
             torch.testing.assert_close(x, plain.stages[tap].detach(), rtol=1e-3, atol=1e-3)
             assert not x.requires_grad
             (x * torch.ones_like(x, requires_grad=True)).sum().backward()
         torch.testing.assert_close(alone.vectors, plain.vectors.detach(), rtol=1e-3, atol=1e-3)
-    part = view.of_mentors(slice(2, 5))
-    assert part.of(1).stages["stage1"].equal(view.of(1).stages["stage1"][2:5])
+    part = rows_of(outputs, slice(2, 5))
+    assert part[1].stages["stage1"].equal(outputs[1].stages["stage1"][2:5])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from kdcli.errors import WeightsError
 from kdcli.models import cards
 from kdcli.models.cards import Card
+from kdcli.models.checkpoint import digest, fill, load_state
 from kdcli.models.registry import create, resolve
-from kdcli.models.weights import Found, choose, digest, fill, load_state
+from kdcli.models.weights import Found, choose
 
 
 def net(arch: str = "cifar_resnet8", num_classes: int = 10, seed: int = 0) -> nn.Module:
@@ -32,15 +34,16 @@ def card(arch: str = "zoo:cifar_resnet8", **over: Any) -> Card:
         "image_size": 32,
         "mean": (0.5, 0.5, 0.5),
         "std": (0.25, 0.25, 0.25),
-        "top1": 72.4,
+        "score": {"top1": 72.4},
         "created": "2026-11-20T00:00:00+00:00",
     }
     return Card.model_validate(plain | over)
 
 
-def pick(spec: str, role: Any = "mentor", **over: Any) -> Found:
-    given: dict[str, Any] = {"data_hash": "d1", "num_classes": 10, "data_name": "digits", "class_map": False}
-    return choose(resolve(spec), role=role, **(given | over))
+def pick(spec: str, role: Any = "mentor", *, num_classes: int = 10, name: str = "digits", **options: Any) -> Found:
+    """`choose` for a data set of that many classes."""
+    data: Any = SimpleNamespace(name=name, hash="d1", classes=[str(k) for k in range(num_classes)])
+    return choose(resolve(spec), data, role, **options)
 
 
 def same(a: dict[str, Tensor] | None, b: dict[str, Tensor]) -> bool:
@@ -230,7 +233,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     state = {k: v.clone() for k, v in net().state_dict().items()}
     key = next(k for k in state if k.endswith("weight"))
     state[key].view(-1)[0] = float("nan")
-    with pytest.raises(WeightsError, match="no numbers"):
+    with pytest.raises(WeightsError, match="NaN or infinite"):
         fill(net(), state, arch="cifar_resnet8", where="x.pth")
 
 
@@ -281,7 +284,7 @@ def test_a_student_starts_from_scratch_whatever_the_zoo_has() -> None:
 def test_a_mentor_takes_the_zoos_newest_for_this_data() -> None:
     cards.add(net(seed=1).state_dict(), card(created="2026-11-18T00:00:00+00:00"))
     new = net(seed=2).state_dict()
-    cards.add(new, card(top1=80.0))
+    cards.add(new, card(score={"top1": 80.0}))
     cards.add(net(seed=3).state_dict(), card(data_hash="d2", created="2026-11-30T00:00:00+00:00"))
     found = pick("cifar_resnet8")
     assert same(found.state, new)
@@ -308,11 +311,11 @@ def test_a_tampered_zoo_file_is_refused() -> None:
 
 
 def test_a_mentor_takes_the_librarys_weights_when_the_classes_fit() -> None:
-    found = pick("resnet18", num_classes=1000, data_name="imagenet")
+    found = pick("resnet18", num_classes=1000, name="imagenet")
     assert (found.state, found.num_classes, found.pretrained) == (None, 1000, True)
     assert "timm's pretrained weights" in found.origin
     assert pick("mobilenetv3_small@pretrained", num_classes=1000).pretrained
-    assert pick("resnet18", class_map=True).num_classes == 1000
+    assert pick("resnet18", mapped=True).num_classes == 1000
 
 
 def test_a_mentor_without_weights_names_the_cure() -> None:
@@ -334,12 +337,12 @@ def test_a_mentor_whose_classes_differ_names_the_cure(spec: str) -> None:
 def test_weights_without_a_head_teach_nothing() -> None:
     for mapped in (False, True):
         with pytest.raises(WeightsError, match="have no head") as caught:
-            pick("vit_base_patch16_224.dino", class_map=mapped)
+            pick("vit_base_patch16_224.dino", mapped=mapped)
         assert "class_map" not in caught.value.hint
 
 
 def test_an_untrained_mentor_is_refused() -> None:
-    with pytest.raises(WeightsError, match="teaches noise") as caught:
+    with pytest.raises(WeightsError, match="teach noise") as caught:
         pick("cifar_resnet8@none")
     assert "kdcli train --model cifar_resnet8" in caught.value.hint
 
@@ -367,7 +370,7 @@ def test_a_path_with_other_classes(tmp_path: Path, role: str) -> None:
         pick(spec, role)
     assert ("class_map" in caught.value.hint) == (role == "mentor")
     if role == "mentor":
-        assert pick(spec, class_map=True).num_classes == 100
+        assert pick(spec, mapped=True).num_classes == 100
 
 
 def test_a_path_with_its_card(tmp_path: Path) -> None:
@@ -384,7 +387,7 @@ def test_a_missing_path_and_a_missing_run(tmp_path: Path) -> None:
         pick(f"cifar_resnet8@{tmp_path / 'absent.pth'}")
     (tmp_path / "first-run").mkdir()
     with pytest.raises(WeightsError, match="neither a file nor a run") as caught:
-        pick("cifar_resnet8@frist-run", runs_dir=tmp_path)
+        pick("cifar_resnet8@frist-run", runs=tmp_path)
     assert "first-run" in caught.value.hint
 
 
@@ -394,7 +397,7 @@ def _run(runs: Path, name: str = "one") -> dict[int | None, dict[str, Tensor]]:
         e: dict(net(seed=s).state_dict()) for s, e in enumerate((None, 20, 60))
     }
     cards.save(runs / name, "student", states[None], card(epoch=240))
-    cards.save(runs / name, "epoch-020", states[20], card(epoch=20, top1=30.0))
+    cards.save(runs / name, "epoch-020", states[20], card(epoch=20, score={"top1": 30.0}))
     save_file(states[60], runs / name / "epoch-060.safetensors")
     return states
 
@@ -402,33 +405,33 @@ def _run(runs: Path, name: str = "one") -> dict[int | None, dict[str, Tensor]]:
 def test_runs_by_name_and_by_folder(tmp_path: Path) -> None:
     states = _run(tmp_path)
     for spec in ("cifar_resnet8@one", f"cifar_resnet8@{tmp_path / 'one'}"):
-        found = pick(spec, runs_dir=tmp_path)
+        found = pick(spec, runs=tmp_path)
         assert same(found.state, states[None])
         assert found.origin == "run one: cifar_resnet8 on digits, 72.4 %, epoch 240, 2026-11-20"
-    assert same(pick("cifar_resnet8@one", "student", runs_dir=tmp_path).state, states[None])
+    assert same(pick("cifar_resnet8@one", "student", runs=tmp_path).state, states[None])
 
 
 def test_a_runs_kept_epochs(tmp_path: Path) -> None:
     states = _run(tmp_path)
-    found = pick("cifar_resnet8@one#20", runs_dir=tmp_path)
+    found = pick("cifar_resnet8@one#20", runs=tmp_path)
     assert same(found.state, states[20])
     assert "30 %, epoch 20" in found.origin
-    found = pick(f"cifar_resnet8@{tmp_path / 'one'}#60", runs_dir=tmp_path)
+    found = pick(f"cifar_resnet8@{tmp_path / 'one'}#60", runs=tmp_path)
     assert same(found.state, states[60])
     assert found.card is not None
-    assert (found.card.epoch, found.card.top1) == (60, None)
+    assert (found.card.epoch, found.card.score) == (60, {})
     with pytest.raises(WeightsError, match="kept no epoch 40") as caught:
-        pick("cifar_resnet8@one#40", runs_dir=tmp_path)
+        pick("cifar_resnet8@one#40", runs=tmp_path)
     assert "20, 60" in caught.value.hint
 
 
 def test_a_run_of_another_network_or_unfinished(tmp_path: Path) -> None:
     _run(tmp_path)
     with pytest.raises(WeightsError, match="is a cifar_resnet8, not a cifar_resnet20"):
-        pick("cifar_resnet20@one", runs_dir=tmp_path)
+        pick("cifar_resnet20@one", runs=tmp_path)
     (tmp_path / "two").mkdir()
     with pytest.raises(WeightsError, match="has not finished") as caught:
-        pick("cifar_resnet8@two", runs_dir=tmp_path)
+        pick("cifar_resnet8@two", runs=tmp_path)
     assert "runs show" in caught.value.hint
 
 

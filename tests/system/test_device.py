@@ -1,4 +1,4 @@
-"""Devices and precisions: what is picked, why, and what is refused."""
+"""Devices and precisions: the choice, its reason, and what is refused."""
 
 import pytest
 import torch
@@ -10,16 +10,16 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 @pytest.fixture
-def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a processor alone."""
+def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a CPU only."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
-@pytest.mark.usefixtures("nothing")
-@pytest.mark.parametrize("asked", [None, "auto", "cpu"])
-def test_a_processor_is_always_there(asked: str | None) -> None:
-    assert devices.pick(asked).type == "cpu"
+@pytest.mark.usefixtures("cpu_only")
+@pytest.mark.parametrize("name", [None, "auto", "cpu"])
+def test_a_cpu_is_always_there(name: str | None) -> None:
+    assert devices.pick(name).type == "cpu"
 
 
 def test_the_best_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,9 +30,9 @@ def test_the_best_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.pick("auto").type == "mps"
 
 
-@pytest.mark.usefixtures("nothing")
+@pytest.mark.usefixtures("cpu_only")
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("name", "says"),
     [
         ("cuda", "no CUDA device"),
         ("cuda:1", "no CUDA device"),
@@ -41,9 +41,9 @@ def test_the_best_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
         ("meta", "cpu, cuda and mps"),
     ],
 )
-def test_a_device_that_is_not_here_is_refused(asked: str, says: str) -> None:
-    with pytest.raises(RecipeError, match=f"--device {asked}: .*{says}") as caught:
-        devices.pick(asked)
+def test_a_device_that_the_machine_lacks_is_refused(name: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=f"--device {name}: .*{says}") as caught:
+        devices.pick(name)
     assert caught.value.exit_code == 2
     assert caught.value.hint
 
@@ -80,9 +80,9 @@ def test_auto_takes_bf16_where_it_is_fast(
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_is_asked_for_is_given(frozen: bool) -> None:
+def test_a_named_precision_is_used(frozen: bool) -> None:
     for name in ("fp32", "bf16"):
-        assert devices.precision(name, CPU, frozen=frozen) == (name, "as asked")
+        assert devices.precision(name, CPU, frozen=frozen) == (name, "as the recipe says")
     assert devices.precision("fp16", CUDA, frozen=frozen)[0] == "fp16"
     with pytest.raises(RecipeError, match="fp16 on a CPU") as caught:
         devices.precision("fp16", CPU, frozen=frozen)
@@ -96,14 +96,14 @@ def test_bf16_units_are_read_from_the_device(monkeypatch: pytest.MonkeyPatch) ->
         assert devices.has_bf16_units(CPU) == any(has)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert not devices.has_bf16_units(CPU)  # another torch may not have the probes
+    assert not devices.has_bf16_units(CPU)  # other versions of torch lack the probes
     for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert devices.has_bf16_units(CUDA) == has
     assert not devices.has_bf16_units(MPS)
 
 
-def test_devices_are_told_in_words() -> None:
+def test_devices_are_described() -> None:
     assert f"{torch.get_num_threads()} threads" in devices.describe(CPU)
     assert devices.describe(MPS) == "mps"
     assert devices.dtype_of("bf16") is torch.bfloat16

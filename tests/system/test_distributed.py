@@ -14,9 +14,10 @@ from torch import nn
 from kdcli.cli import launch
 from kdcli.data import Batch, Stream, open_data
 from kdcli.errors import DataError, RecipeError
-from kdcli.methods import View
 from kdcli.recipe import DataConfig, TrainConfig
 from kdcli.system import device as devices, distributed, shards
+from kdcli.tasks import Classify
+from kdcli.training import checks
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +33,20 @@ def become(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Be one of several ranks, without the others: enough for what needs no exchange."""
 
     def one(rank: int, world: int) -> None:
-        shards._layout.cache_clear()
+        shards.layout.cache_clear()
         monkeypatch.setattr(distributed, "alone", lambda: world == 1)
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "world", lambda: world)
 
     yield one
-    shards._layout.cache_clear()
+    shards.layout.cache_clear()
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(("size", "world"), [(8, 2), (9, 2), (64, 3), (30, 8)])
 def test_every_row_is_one_ranks_and_shares_are_even(become: Any, size: int, world: int, mirrored: bool) -> None:
     become(0, world)
-    whose = shards.holders(size, mirrored)
+    whose = shards.ranks_of_rows(size, mirrored)
     counts = torch.bincount(whose, minlength=world)
     assert len(whose) == size
     assert int(counts.max() - counts.min()) <= (2 if mirrored else 1)
@@ -72,7 +73,7 @@ def test_the_stream_of_all_ranks_is_the_stream_of_one(become: Any, world: int, m
             assert torch.equal(own.whole.target, batch.target)
             assert torch.equal(own.whole.index, batch.index)
             rows = [batch.index.tolist().index(i) for i in own.index.tolist()]
-            for name in ("pixels", "target", "view"):
+            for name in ("images", "target", "view"):
                 assert torch.equal(getattr(own, name), getattr(batch, name)[rows]), name
             assert (seen[n][rows] == -1).all()
             seen[n][rows] = rank
@@ -87,12 +88,12 @@ def test_micro_batches_are_those_of_the_whole_batch(become: Any, mirrored: bool)
         for rank in range(2):
             become(rank, 2)
             rows, few = shards.own_rows(10, 10, mirrored)
-            assert few == len(whole.pixels[rows])
-            own = Batch(whole.pixels[rows], whole.target, whole.index, whole.view)
-            part = shards.micro(shards.divide(own, mirrored), at, end)
-            assert part.names.index.tolist() == whole.index[at:end].tolist()
-            assert part.names.target.tolist() == whole.target[at:end].tolist()
-            assert torch.equal(part.pixels, whole.pixels[part.index - 20])
+            assert few == len(whole.images[rows])
+            own = Batch(whole.images[rows], whole.target, whole.index, whole.view)
+            part = own.share(mirrored).micro(at, end)
+            assert part.global_batch.index.tolist() == whole.index[at:end].tolist()
+            assert part.global_batch.target.tolist() == whole.target[at:end].tolist()
+            assert torch.equal(part.images, whole.images[part.index - 20])
             found += part.index.tolist()
         assert sorted(found) == whole.index[at:end].tolist()
 
@@ -105,7 +106,7 @@ def test_a_split_is_scored_in_the_batches_of_one_rank(become: Any, count: int) -
     found = []
     for rank in range(3):
         become(rank, 3)
-        found += [tuple(batch.index.tolist()) for batch in shards.own_batches(test, 50).plain(50)]
+        found += [tuple(batch.index.tolist()) for batch in test.subset(shards.turns(count, 50)[rank]).plain(50)]
     assert len(found) == len(alone)
     assert set(found) == alone
 
@@ -122,11 +123,11 @@ def test_a_split_is_scored_in_the_batches_of_one_rank(become: Any, count: int) -
 def test_a_batch_too_small_for_the_ranks_is_refused(become: Any, images: int, over: dict[str, Any], says: str) -> None:
     become(1, 3)
     with pytest.raises(RecipeError, match=says) as caught:
-        shards.check(images, TrainConfig(**over))
+        checks.check_ranks(images, TrainConfig(**over))
     assert "3 ranks" in caught.value.message
     assert "drop_last" in caught.value.hint
-    shards.check(65, TrainConfig(batch_size=16, drop_last=True))
-    shards.check(65, TrainConfig(batch_size=16, mixup=0.1))  # an odd last batch is dropped when images are mixed
+    checks.check_ranks(65, TrainConfig(batch_size=16, drop_last=True))
+    checks.check_ranks(65, TrainConfig(batch_size=16, mixup=0.1))  # an odd last batch is dropped when images are mixed
 
 
 def test_synchronised_norms_are_refused_on_a_cpu(become: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,43 +160,42 @@ def test_synchronised_norms_keep_names_and_activations(become: Any, monkeypatch:
 
 
 def test_alone_everything_is_handed_back() -> None:
-    view = View(torch.rand(2, 3))
     batch = Batch(torch.rand(2, 3, 4, 4), torch.zeros(2), torch.arange(2), torch.arange(2))
     layer = nn.Linear(2, 2)
     assert distributed.alone()
     assert (
         distributed.rank(),
         distributed.world(),
-        distributed.neighbours(),
-        distributed.attempt(),
-        distributed.noise(),
+        distributed.local_ranks(),
+        distributed.restarts(),
+        distributed.seed_offset(),
     ) == (0, 1, 1, 0, ())
     assert distributed.join(kit.CPU, 1) == kit.CPU
-    assert shards.whole(view, batch) is view
-    assert shards.divide(batch, False) is batch
-    assert batch.names is batch
-    assert distributed.parallel(layer, True) is layer
-    assert distributed.first(lambda: 3) == distributed.in_turn(lambda: 3) == 3
-    assert distributed.anyone(True)
-    assert not distributed.anyone(False)
-    assert distributed.begun() is None
-    distributed.begin("runs/x")
-    distributed.part()
+    assert batch.share(False) is batch
+    assert batch.global_batch is batch
+    assert batch.micro(0, 2) is batch
+    assert distributed.data_parallel(layer, True) is layer
+    assert distributed.on_rank0(lambda: 3) == distributed.local_rank0_first(lambda: 3) == 3
+    assert distributed.any_rank(True)
+    assert not distributed.any_rank(False)
+    assert distributed.resumable_run() is None
+    distributed.remember_run("runs/x")
+    distributed.shutdown()
 
 
 def test_ranks_are_known_by_the_whole_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "1")
-    assert distributed.expected() == 1  # nobody to meet: some clusters set these two for other ends
+    assert distributed.expected_ranks() == 1  # nobody to meet: some clusters set these two for other ends
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert distributed.expected() == 4
-    with pytest.raises(RecipeError, match="--gpus 2: this process is one of 4 ranks"):
+    assert distributed.expected_ranks() == 4
+    with pytest.raises(RecipeError, match="--gpus 2: this process is already one of 4 ranks"):
         distributed.join(kit.CPU, 2)
     with pytest.raises(RecipeError, match="ranks compute on cuda or cpu"):
         distributed.join(torch.device("mps"))
     monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(RecipeError, match="rank 1 wants GPU 1 of its machine, which has 0"):
+    with pytest.raises(RecipeError, match="rank 1 needs GPU 1 of its machine, which has 0"):
         distributed.join(torch.device("cuda"))
 
 
@@ -275,22 +275,22 @@ def test_two_ranks_end_where_one_does(twice: list[dict[str, Any]], name: str, tm
 def test_machines_that_hold_other_files_are_told_apart(twice: list[dict[str, Any]]) -> None:
     for found in twice:
         assert found["unlike"].startswith("rank 1 on ")
-        assert "finds another teacher than rank 0 on" in found["unlike"]
+        assert "has another teacher than rank 0 on" in found["unlike"]
 
 
 def test_scores_of_two_ranks_are_those_of_one(twice: list[dict[str, Any]]) -> None:
     """Batch norm's running statistics too are one network's: what one rank answers with them, two answered."""
     config = ranks.recipe("batch norm")
-    student = kit.seat(config).student(0)
+    student = kit.classroom(config).student(0)
     student.load_state_dict(twice[0]["batch norm"]["learners"])
     test = open_data(DataConfig(name="digits", image_size=8)).test
-    from kdcli.training.evaluate import answers, score_answers
+    from kdcli.training.evaluate import outputs, score_outputs
 
-    out = answers(student, test, kit.CPU, 50)
+    out = outputs(student, test, kit.CPU, 50)
     assert torch.equal(out, twice[0]["batch norm"]["answers"])
     logged = twice[0]["batch norm"]["rows"][-1]
-    found = score_answers(out, test.targets)
-    assert (logged["test/top1"], logged["test/top5"]) == (found.top1, found.top5)
+    found = score_outputs(out, test.targets, Classify(10))
+    assert (logged["test/top1"], logged["test/top5"]) == (found["top1"], found["top5"])
 
 
 def test_running_means_are_those_of_the_whole_batch(twice: list[dict[str, Any]], tmp_path: Path) -> None:

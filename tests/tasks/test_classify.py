@@ -79,21 +79,21 @@ def test_soft_of_stacked_mentors():
 
 def test_metrics_count_first_and_first_five():
     out = torch.arange(8.0).repeat(4, 1)  # class 7 first, then 6, 5, 4, 3
-    metrics = Classify(8).metrics(out, torch.tensor([7, 3, 2, 6]))
+    metrics = Classify(8).sums(out, torch.tensor([7, 3, 2, 6]))
     assert metrics["top1"].item() == 1
     assert metrics["top5"].item() == 3
     assert all(value.ndim == 0 for value in metrics.values())
 
 
 def test_metrics_with_fewer_than_five_classes():
-    metrics = Classify(3).metrics(torch.tensor(OUT), torch.tensor([0, 2]))
+    metrics = Classify(3).sums(torch.tensor(OUT), torch.tensor([0, 2]))
     assert (metrics["top1"].item(), metrics["top5"].item()) == (1, 2)
 
 
 def test_metrics_of_mixed_images_count_their_larger_part():
     shares = torch.tensor([[0.6, 0.4, 0.0], [0.45, 0.0, 0.55]])
-    assert Classify(3).metrics(torch.tensor(OUT), shares)["top1"].item() == 1
-    assert Classify(3).metrics(torch.tensor(OUT), shares.flip(0))["top1"].item() == 0
+    assert Classify(3).sums(torch.tensor(OUT), shares)["top1"].item() == 1
+    assert Classify(3).sums(torch.tensor(OUT), shares.flip(0))["top1"].item() == 0
 
 
 def test_chance():

@@ -20,11 +20,11 @@ from kdcli.errors import DataError, DivergedError, LockedError, OutOfMemory, Wei
 from kdcli.methods.baselines import NoKD
 from kdcli.models import cards
 from kdcli.system import device as devices, files, lock
-from kdcli.training import evaluate, loop, out_of_memory, run as runs
+from kdcli.training import evaluate, learner as learners, loop, run as runs
 from kdcli.training.learner import Learner
-from kdcli.training.loop import EpochEnd, Notice, Session, Step
 from kdcli.training.run import Run
-from kdcli.workflows import distill
+from kdcli.training.session import EpochEnd, Notice, Session, Step
+from kdcli.workflows import groups
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def notices(events: list[Any]) -> list[str]:
 
 def stopped(session: Session, epoch: int, batch: int) -> Run:
     """Leave a training after a batch without a word, as a kill does."""
-    events = distill.go(session)
+    events = groups.go(session)
     for event in events:
         if isinstance(event, Step) and (event.epoch, event.batch) == (epoch, batch):
             break
@@ -48,12 +48,12 @@ def stopped(session: Session, epoch: int, batch: int) -> Run:
 
 def resumed(config: Any, run: Run) -> list[str]:
     """Resume to the end; what was said."""
-    return notices(kit.drive(distill.go(kit.session(config, run.path, resume=True), resume=True)))
+    return notices(kit.drive(groups.go(kit.session(config, run.path, resume=True), resume=True)))
 
 
 def same_outcome(one: Run, other: Run) -> bool:
     facts = [
-        {key: run.provenance[key] for key in ("top1", "last", "best", "best_epoch", "epoch")} for run in (one, other)
+        {key: run.provenance[key] for key in ("score", "last", "best", "best_epoch", "epoch")} for run in (one, other)
     ]
     return kit.same(kit.student(one), kit.student(other)) and one.metrics() == other.metrics() and facts[0] == facts[1]
 
@@ -197,25 +197,47 @@ def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # --- broken checkpoints -----------------------------------------------------------------------------------------------
 
 
-def test_no_flipped_bit_and_no_cut_goes_unseen(tmp_path: Path) -> None:
-    """torch.load takes most of these without a word: it does not look at its own checksums."""
-    run = stopped(kit.session(kit.recipe(), tmp_path / "run"), 2, 1)
-    whole, dice = (run.path / "last.ckpt").read_bytes(), random.Random(0)
-    broken, silent = tmp_path / "broken.ckpt", 0
-    assert files.sealed(run.path / "last.ckpt")
-    for _ in range(100):
-        place = dice.randrange(len(whole))
-        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << dice.randrange(8)]) + whole[place + 1 :])
-        assert not files.sealed(broken), place
+@pytest.mark.filterwarnings("ignore")
+def test_no_flipped_bit_and_no_cut_changes_what_is_loaded(tmp_path: Path) -> None:
+    """A damaged archive is refused, by its CRCs or by torch.load, or gives the same bits: never others without a word.
+
+    torch.load alone takes flipped bits for weights, and reads a member flagged as a folder from uninitialised memory.
+    """
+    state = {"epoch": 3, "learners": {f"w{n}": torch.randn(3 + n) for n in range(3)}}
+    path, broken, dice, silent = tmp_path / "a.ckpt", tmp_path / "b.ckpt", random.Random(0), 0
+    torch.save(state, path)
+    whole = path.read_bytes()
+    assert files.is_whole_zip(path)
+    folders = {place + 38 for place in range(len(whole)) if whole[place : place + 4] == b"PK\1\2"}
+    assert len(folders) >= 5
+
+    def loads_as_before(damaged: bytes) -> bool | None:
+        """None: torch.load refuses it."""
+        broken.write_bytes(damaged)
         try:
-            torch.load(broken, weights_only=True)
-            silent += 1
+            found = torch.load(broken, weights_only=True)
+            return found["epoch"] == 3 and all(x.equal(state["learners"][key]) for key, x in found["learners"].items())
         except Exception:
-            continue
-    assert silent > 30
-    for size in (0, 1, 76, 77, 78, 1000, len(whole) // 2, len(whole) - 1):
+            return None
+
+    def noticed(damaged: bytes) -> bool:
+        broken.write_bytes(damaged)
+        return not files.is_whole_zip(broken) or loads_as_before(damaged) is not False
+
+    for place in {*range(0, len(whole), 3), *folders}:
+        bit = 4 if place in folders else dice.randrange(8)  # bit 4 flags a member as a folder
+        damaged = whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
+        assert noticed(damaged), (place, bit)
+        silent += place % 8 == 0 and loads_as_before(damaged) is False
+    assert silent > 1  # so torch.load alone would not do
+    for _ in range(200):
+        place, length = dice.randrange(len(whole)), dice.choice([1, 4, 64, 512])
+        damaged = bytearray(whole)
+        damaged[place : place + length] = dice.choice([bytes(length), dice.randbytes(length)])
+        assert noticed(bytes(damaged[: len(whole)])), (place, length)
+    for size in (0, 1, 76, 77, 78, 1000, *range(len(whole) // 2, len(whole))):
         broken.write_bytes(whole[:size])
-        assert not files.sealed(broken), size
+        assert not files.is_whole_zip(broken), size
 
 
 def flip(path: Path) -> None:
@@ -272,7 +294,7 @@ def test_a_good_checkpoint_is_there_at_every_instant(tmp_path: Path, monkeypatch
 
     def look(run: Run) -> None:
         if run.has_checkpoint:
-            moments.append(any(files.sealed(path) for path in run.path.glob("*.ckpt")))
+            moments.append(any(files.is_whole_zip(path) for path in run.path.glob("*.ckpt")))
 
     def watched(source: Any, to: Any) -> None:
         look(opened.run)
@@ -280,7 +302,7 @@ def test_a_good_checkpoint_is_there_at_every_instant(tmp_path: Path, monkeypatch
         look(opened.run)
 
     monkeypatch.setattr(os, "replace", watched)
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert len(moments) > 12
     assert all(moments)
 
@@ -326,7 +348,7 @@ def test_a_folder_with_nothing_but_a_lock_says_so(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / lock.NAME).touch()
     said = kdcli("distill", "--resume", tmp_path / "run", code=2)
-    assert "stopped before anything of it was written" in said.err
+    assert "stopped before it wrote anything" in said.err
 
 
 def test_a_part_of_a_compare_is_not_resumed_by_itself(tmp_path: Path) -> None:
@@ -347,7 +369,7 @@ def test_checkpoints_within_an_epoch_change_nothing(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "checkpoint", told)
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     each = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)]
     assert stands == each
     assert same_outcome(opened.run, whole)
@@ -366,7 +388,7 @@ class Moody(NoKD):
         super().__init__()
         self.register_buffer("factor", torch.ones(()))
 
-    def begin_epoch(self, epoch: int, sweep: Any) -> None:
+    def begin_epoch(self, epoch: int, train_pass: Any) -> None:
         self.factor += 0.5 * torch.rand(())
 
     def loss(self, lesson: Any, phase: Any) -> Any:
@@ -395,11 +417,11 @@ def test_the_scaler_of_fp16_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: real("cpu", init_scale=8.0, growth_interval=3))
     config = kit.recipe("aver", **{"train.checkpoint_minutes": 1e-9, "train.clip_grad": 1.0})
     whole = kit.session(config, tmp_path / "whole")
-    kit.drive(distill.go(whole))
+    kit.drive(groups.go(whole))
     run = stopped(kit.session(config, tmp_path / "run"), 2, 1)
     assert run.load_checkpoint()["learners"]["aver"]["trained"]["main"]["scaler"]["_growth_tracker"] == 2
     again = kit.session(config, run.path, resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert again.learners[0].scaler.state_dict() == whole.learners[0].scaler.state_dict()
     assert whole.learners[0].scaler.get_scale() == 32.0
     assert same_outcome(run, whole.run)
@@ -416,7 +438,7 @@ def test_resuming_what_diverged_says_that_it_will_again(tmp_path: Path) -> None:
         next(event.learners[0].student.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(DivergedError):
-        kit.drive(distill.go(opened), kit.at(2, 2, poison))
+        kit.drive(groups.go(opened), kit.at(2, 2, poison))
     assert "hard" in opened.run.provenance["diverged"]
     assert opened.run.load_checkpoint()["epoch"] == 1
     said = resumed(config, opened.run)
@@ -451,43 +473,39 @@ def test_a_batch_too_large_goes_through_in_halves_that_a_resumed_run_keeps(tmp_p
     opened = kit.session(config, tmp_path / "run")
     asked = short_of_memory(opened.learners[0], 2)
     events = []
-    for event in (driving := distill.go(opened)):
+    for event in (driving := groups.go(opened)):
         events.append(event)
         if isinstance(event, Step) and (event.epoch, event.batch) == (1, 3):
             driving.close()
     assert asked == [8, 4, 2, 2, 2, 2, *[2] * 8]
     assert notices(events) == [
-        "aver: out of memory, so batches of 8 go through in 4 micro-batches of 2 from here on (train.accumulate = 4); "
+        "aver: out of memory, so batches of 8 are trained in 4 micro-batches of 2 from here on (train.accumulate = 4); "
         "gradients stay those of the whole batch, batch-norm statistics are now the micro-batches'"
     ]
     assert opened.run.provenance["accumulate"] == 4
     again = kit.session(config, opened.run.path, resume=True)
     asked = short_of_memory(again.learners[0], 2)
-    assert notices(kit.drive(distill.go(again, resume=True))) == []
+    assert notices(kit.drive(groups.go(again, resume=True))) == []
     assert max(asked) == 2
     assert same_outcome(opened.run, halves)  # not one number of the failed tries is left anywhere
 
 
-def test_a_loss_over_whole_batches_is_not_halved_but_accounted_for(tmp_path: Path) -> None:
+def test_a_loss_over_whole_batches_is_not_halved(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("classroom"), tmp_path / "run")
     short_of_memory(opened.learners[0], 4)
     with pytest.raises(OutOfMemory, match=r"classroom: out of memory in a step of 8 images") as caught:
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert caught.value.exit_code == 3
-    for member in (*kit.MENTORS, "cifar_resnet10_xxs"):
-        assert f"{member} " in caught.value.message
-    assert "weights 0.0" in caught.value.message
-    assert "gradients 0.0" in caught.value.message
-    assert "train.batch_size=4 fits" in caught.value.hint
-    assert "looks at whole batches" in caught.value.hint
+    assert "train.batch_size=4" in caught.value.hint
+    assert "couples the samples" in caught.value.hint
 
 
 def test_two_images_are_the_least(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("aver"), tmp_path / "run")
     asked = short_of_memory(opened.learners[0], 0)
     with pytest.raises(OutOfMemory, match=r"aver: out of memory") as caught:
-        kit.drive(distill.go(opened))
-    assert "Not even two images fit" in caught.value.hint
+        kit.drive(groups.go(opened))
+    assert "Not even 2 images fit" in caught.value.hint
     assert min(asked) == 2
 
 
@@ -503,24 +521,24 @@ def test_an_update_that_has_begun_is_not_done_twice(tmp_path: Path, monkeypatch:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(opened.learners[0].optimizer, "step", out)
-    with pytest.raises(OutOfMemory, match="in the optimiser's update") as caught:
-        kit.drive(distill.go(opened))
-    assert "optimiser 0.0" in caught.value.message
+    with pytest.raises(OutOfMemory, match="in the optimizer's update") as caught:
+        kit.drive(groups.go(opened))
+    assert "train.optimizer=sgd" in caught.value.hint
     assert len(calls) == 6
     assert opened.run.load_checkpoint()["epoch"] == 1
     resumed(config, opened.run)
     assert same_outcome(opened.run, whole)
 
 
-def test_mentors_without_memory_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mentors_without_memory_are_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = kit.session(kit.recipe("aver"), tmp_path / "run")
 
     def out(_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(opened.mentors, "answer", out)
-    with pytest.raises(OutOfMemory, match=f"while the mentors answered 8 images: .*mentor {kit.MENTORS[1]} ") as caught:
-        kit.drive(distill.go(opened))
+    with pytest.raises(OutOfMemory, match="while the mentors answered 8 images") as caught:
+        kit.drive(groups.go(opened))
     assert "classroom.precision=bf16" in caught.value.hint
 
 
@@ -532,14 +550,14 @@ def test_other_faults_of_a_step_stay_what_they_are(tmp_path: Path, monkeypatch: 
 
     opened.learners[0]._forward = breaks
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert devices.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert devices.out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
     assert not devices.out_of_memory(MemoryError())
 
 
 def test_scoring_goes_on_in_smaller_batches() -> None:
-    room = kit.seat(kit.recipe("nokd"))
+    room = kit.classroom(kit.recipe("nokd"))
     student, sizes = room.student(0), []
 
     class Short(nn.Module):
@@ -553,23 +571,24 @@ def test_scoring_goes_on_in_smaller_batches() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return student(pixels)
 
-    whole = evaluate.answers(student, room.data.test, kit.CPU)
-    parts = evaluate.answers(Short(), room.data.test, kit.CPU)
+    whole = evaluate.outputs(student, room.data.test, kit.CPU)
+    parts = evaluate.outputs(Short(), room.data.test, kit.CPU)
     torch.testing.assert_close(parts, whole)
     assert sizes[:3] == [256, 128, 64]
     with pytest.raises(torch.OutOfMemoryError):
-        evaluate.answers(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError()), room.data.test, kit.CPU)  # type: ignore
+        evaluate.outputs(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError()), room.data.test, kit.CPU)  # type: ignore
 
 
 def test_a_step_that_fits_is_not_copied_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, copied, statistics = kit.session(kit.recipe("aver"), tmp_path / "run"), [], out_of_memory._statistics
+    opened, copied = kit.session(kit.recipe("aver"), tmp_path / "run"), []
 
-    def counted(modules: Any) -> list[Tensor]:
-        copied.append(1)
-        return statistics(modules)
+    class Counted(learners.Snapshot):
+        def __init__(self, modules: Any) -> None:
+            copied.append(1)
+            super().__init__(modules)
 
-    monkeypatch.setattr(out_of_memory, "_statistics", counted)
-    kit.drive(distill.go(opened))
+    monkeypatch.setattr(learners, "Snapshot", Counted)
+    kit.drive(groups.go(opened))
     assert len(copied) == 2  # the first full batch and the first last one
 
 
@@ -581,7 +600,7 @@ def test_the_newest_run_is_known_though_the_clock_was_set_back(tmp_path: Path, m
     for n, started in enumerate(("2030-01-01", "2020-01-01", "2020-01-01")):
         run = Run(Path("runs") / f"{'zax'[n]}-run")
         run.start(kit.recipe(), {**runs.provenance("distill", kit.recipe()), "started": started})
-        run.amend(top1=50.0)
+        run.amend(finished=True)
     assert [run.name for run in runs.every()] == ["z-run", "a-run", "x-run"]
     assert runs.find(None).name == "x-run"
     (tmp_path / "runs" / "x-run" / "provenance.json").write_text("{")
@@ -685,17 +704,20 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
         os.close(end)
 
 
-def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_are_no_locks_a_run_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuses(number: int) -> Any:
-        def take(_: int) -> None:
+        def take(*_: int) -> None:
             raise OSError(number, os.strerror(number))
 
         return take
 
-    monkeypatch.setattr(lock, "_lock", refuses(errno.ENOLCK))
+    monkeypatch.setattr("fcntl.flock", refuses(errno.ENOLCK))
     with lock.hold(tmp_path / "new"):
         assert (tmp_path / "new" / lock.NAME).is_file()
-    monkeypatch.setattr(lock, "_lock", refuses(errno.EIO))
+    assert "no locks on the file system of" in capsys.readouterr().err
+    monkeypatch.setattr("fcntl.flock", refuses(errno.EIO))
     with pytest.raises(DataError, match="cannot write"), lock.hold(tmp_path / "new"):
         pass
 

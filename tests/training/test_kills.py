@@ -33,11 +33,11 @@ def outcome(run: Path) -> dict[str, object]:
     if (run / "compare.json").is_file():
         out["lines"] = json.loads((run / "compare.json").read_text())["lines"]
     facts = json.loads((run / "provenance.json").read_text())
-    return out | {key: facts.get(key) for key in ("top1", "last", "best", "best_epoch", "epoch", "recipe")}
+    return out | {key: facts.get(key) for key in ("score", "last", "best", "best_epoch", "epoch", "recipe")}
 
 
 def resumed(run: Path, command: tuple[str, ...]) -> tuple[str, ...]:
-    """How the command goes on; typed anew where it was killed before anything was written."""
+    """How the command goes on; typed again where it was killed before anything was written."""
     if (run / "provenance.json").is_file():
         return (command[0], "--resume", str(run), "--device", "cpu")
     return (*command, "--out", str(run))
@@ -47,7 +47,7 @@ def finished(run: Path, command: tuple[str, ...]) -> bool:
     """Whether the kill came after the last write."""
     if command[0] == "compare":
         return (run / "compare.json").is_file()
-    return (run / "provenance.json").is_file() and "top1" in json.loads((run / "provenance.json").read_text())
+    return (run / "provenance.json").is_file() and json.loads((run / "provenance.json").read_text()).get("finished")
 
 
 def reached(run: Path) -> str:

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from kdcli import methods
 from kdcli.data import Batch
 from kdcli.errors import DivergedError, InterruptedRun, RecipeError
-from kdcli.methods import View
-from kdcli.models import cards as zoo, registry, weights
+from kdcli.models import cards as zoo, checkpoint, registry
+from kdcli.models.outputs import Output
 from kdcli.recipe import Recipe
-from kdcli.system import shards
-from kdcli.training import learner, loop
-from kdcli.training.evaluate import Score
-from kdcli.training.loop import EpochEnd, Notice, Step
-from kdcli.training.meters import Tally
+from kdcli.tasks import Classify, Score
+from kdcli.training import learner, loop, session as sessions
+from kdcli.training.meters import EpochMeter
 from kdcli.training.run import Run
-from kdcli.workflows import distill
+from kdcli.training.session import EpochEnd, Notice, Session, Step
+from kdcli.workflows import distill, groups
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +38,9 @@ def plain_loop(
     config: Recipe, *, parts: int = 1, clip: float | None = None, ema: float | None = None, smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The student of a control run as anybody would train it, and the moving average of its weights."""
-    room = kit.seat(config)
+    room = kit.classroom(config)
     member = room.student(config.train.seed)
-    stream = distill.open_session({"x": config}, room, Run(Path("unused")), {}).stream
+    stream = groups.open_session({"x": config}, room, Run(Path("unused")), {}).stream
     train = config.train
     optimizer = torch.optim.SGD(member.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=5e-4)
     average = {k: v.clone() for k, v in member.state_dict().items()}
@@ -51,7 +50,7 @@ def plain_loop(
             optimizer.zero_grad()
             size = math.ceil(len(batch) / parts)
             for lo in range(0, len(batch), size):
-                x, y = batch.pixels[lo : lo + size], batch.target[lo : lo + size]
+                x, y = batch.images[lo : lo + size], batch.target[lo : lo + size]
                 out = member(x)
                 loss = F.cross_entropy(out, y, label_smoothing=0.0 if y.ndim == 2 else smoothing)
                 (loss * len(x) / len(batch)).backward()
@@ -82,7 +81,7 @@ def test_the_control_is_a_plain_loop(tmp_path: Path) -> None:
     run = kit.trained(config, tmp_path / "run")
     expected, _ = plain_loop(config)
     close(kit.student(run), expected)
-    start = kit.seat(config).student(0).net.state_dict()
+    start = kit.classroom(config).student(0).net.state_dict()
     assert not torch.equal(start["fc.weight"], expected["fc.weight"])
 
 
@@ -126,11 +125,11 @@ def test_mixed_images_learn_from_shares_of_classes(tmp_path: Path) -> None:
 def test_the_training_figures_are_means_over_images(tmp_path: Path) -> None:
     """Top-1 counts images; a loss is the mean over batches."""
     config = kit.recipe(**{"train.lr": 0.0, "train.weight_decay": 0.0, "train.epochs": 1})
-    room = kit.seat(config)
+    room = kit.classroom(config)
     member, right, losses = room.student(0).train(), 0, []
-    stream = distill.open_session({"x": config}, room, Run(tmp_path), {}).stream
+    stream = groups.open_session({"x": config}, room, Run(tmp_path), {}).stream
     for batch in stream.epoch(0):
-        out = member(batch.pixels)
+        out = member(batch.images)
         right += int((out.argmax(-1) == batch.target).sum())
         losses.append(F.cross_entropy(out, batch.target).item())
     row = kit.trained(config, tmp_path / "run").metrics()[0]
@@ -163,7 +162,7 @@ def test_no_step_counts_on_the_global_generator(tmp_path: Path) -> None:
     quiet = kit.trained(config, tmp_path / "quiet")
     torch.manual_seed(99)
     noisy = kit.session(config, tmp_path / "noisy")
-    kit.drive(distill.go(noisy), lambda event: torch.rand(3))
+    kit.drive(groups.go(noisy), lambda event: torch.rand(3))
     assert kit.same(kit.student(quiet), kit.student(noisy.run))
 
 
@@ -173,9 +172,9 @@ def test_no_step_counts_on_the_global_generator(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "over", "says", "cure"),
     [
-        ("classroom", {"train.mixup": 0.2}, "one true class", "train.mixup=0"),
-        ("classroom", {"train.accumulate": 2}, "a whole batch", "ranking=sample"),
-        ("kd", {"classroom.teacher": None, "classroom.peers": []}, "learns from mentors", "--teacher"),
+        ("classroom", {"train.mixup": 0.2}, "hard labels", "train.mixup=0"),
+        ("classroom", {"train.accumulate": 2}, "couples the samples", "ranking=sample"),
+        ("kd", {"classroom.teacher": None, "classroom.peers": []}, "needs 1 mentor", "--teacher"),
         ("nokd", {"train.batch_size": 64}, "training set of digits, 30 images", "train.batch_size=4"),
         ("nokd", {"train.optimizer": "admw"}, "admw", "adamw"),
     ],
@@ -211,7 +210,7 @@ def poison(event: Any) -> None:
 def test_a_huge_rate_stops_the_run_and_says_where(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe(**{"train.lr": 1e20}), tmp_path / "run")
     with pytest.raises(DivergedError, match=r"nokd: .*'hard'.* at step [123] \(epoch 1\)") as caught:
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
     assert caught.value.exit_code == 4
     assert "train.lr" in caught.value.hint
     assert not (tmp_path / "run" / "last.ckpt").exists()
@@ -223,12 +222,12 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_no_number(tmp_path: Pa
     straight = kit.trained(config, tmp_path / "straight")
     opened = kit.session(config, tmp_path / "run")
     with pytest.raises(DivergedError, match=r"classroom: .*'(hard|mentors)'.* at step 6 \(epoch 2\)"):
-        kit.drive(distill.go(opened), kit.at(2, 1, poison))
+        kit.drive(groups.go(opened), kit.at(2, 1, poison))
     state = opened.run.load_checkpoint()
     assert (state["epoch"], state["batch"]) == (1, 0)
     assert all(bool(torch.isfinite(v).all()) for v in state["learners"]["classroom"]["learners"]["student"].values())
     again = kit.session(config, tmp_path / "run", resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert kit.same(kit.student(again.run), kit.student(straight))
 
 
@@ -242,19 +241,19 @@ def test_an_update_that_ends_in_no_number_is_not_checkpointed(tmp_path: Path) ->
         learner.optimizer.step = lambda *_: poison(event)  # pyright: ignore
 
     with pytest.raises(DivergedError, match="weights stopped being finite"):
-        kit.drive(distill.go(opened), kit.at(2, 3, break_next_update))
+        kit.drive(groups.go(opened), kit.at(2, 3, break_next_update))
     assert opened.run.load_checkpoint()["epoch"] == 1
 
 
 # --- which epoch ships ------------------------------------------------------------------------------------------------
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, opened: loop.Session, test: list[float], held: list[float]) -> None:
+def scripted(monkeypatch: pytest.MonkeyPatch, opened: Session, test: list[float], held: list[float]) -> None:
     """Replace measuring by figures, one an epoch."""
     figures = {id(opened.data.test): iter(test), id(opened.data.holdout): iter(held)}
 
-    def score(model: nn.Module, split: Any, device: torch.device) -> Score:
-        return Score(len(split), next(figures[id(split)]), 99.0, 1.0)
+    def score(model: nn.Module, split: Any, task: Any, device: torch.device) -> Score:
+        return Score({"top1": next(figures[id(split)]), "top5": 99.0, "loss": 1.0}, task.metrics[0], len(split))
 
     monkeypatch.setattr(loop, "score", score)
 
@@ -272,13 +271,13 @@ def test_the_held_out_slice_chooses_and_the_test_set_only_reports(
         if isinstance(event, EpochEnd):
             states[event.epoch] = kit.state(opened.learners[0])
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert kit.same(kit.student(opened.run), states[2])  # the first of the best two
     outcome = distill.result("nokd", opened.run)
-    assert (outcome.epoch, outcome.top1) == (2, 50.0)
+    assert (outcome.epoch, outcome.value) == (2, 50.0)
     assert (outcome.last, outcome.best, outcome.best_epoch) == (70.0, 80.0, 1)
     card = zoo.read_card(tmp_path / "run" / "student.toml")
-    assert (card.epoch, card.top1) == (2, 50.0)
+    assert (card.epoch, card.value) == (2, 50.0)
     assert zoo.verify(card)[0] == "ok"
     assert [row["holdout/top1"] for row in opened.run.metrics()] == [10.0, 30.0, 30.0, 20.0]
 
@@ -286,10 +285,10 @@ def test_the_held_out_slice_chooses_and_the_test_set_only_reports(
 def test_without_a_held_out_slice_the_last_epoch_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = kit.session(kit.recipe(), tmp_path / "run")
     scripted(monkeypatch, opened, test=[80.0, 50.0], held=[])
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert kit.same(kit.student(opened.run), kit.state(opened.learners[0]))
     outcome = distill.result("nokd", opened.run)
-    assert (outcome.epoch, outcome.top1, outcome.last) == (2, 50.0, 50.0)
+    assert (outcome.epoch, outcome.value, outcome.last) == (2, 50.0, 50.0)
     assert (outcome.best, outcome.best_epoch) == (80.0, 1)
     assert "weights" not in opened.run.load_checkpoint()["learners"]["nokd"]["best"]
 
@@ -305,9 +304,9 @@ def test_the_reported_score_is_the_shipped_files(tmp_path: Path) -> None:
 
     config = kit.recipe("aver")
     run = kit.trained(config, tmp_path / "run")
-    room = kit.seat(config.with_(**{"classroom.student": f"cifar_resnet10_xxs@{run.path}"}))
-    found = score(room.student(5), room.data.test, kit.CPU)
-    assert found.top1 == distill.result("aver", run).top1 == run.metrics()[-1]["test/top1"]
+    room = kit.classroom(config.with_(**{"classroom.student": f"cifar_resnet10_xxs@{run.path}"}))
+    found = score(room.student(5), room.data.test, Classify(10), kit.CPU)
+    assert found.value == distill.result("aver", run).value == run.metrics()[-1]["test/top1"]
     assert found.images == 360
 
 
@@ -319,13 +318,13 @@ def test_kept_epochs_are_mentors_of_lesser_skill(tmp_path: Path) -> None:
         if isinstance(event, EpochEnd):
             states[event.epoch] = kit.state(opened.learners[0])
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     card = zoo.read_card(tmp_path / "run" / "epoch-002.toml")
     assert (card.epoch, card.architecture) == (2, "zoo:cifar_resnet10_xxs")
-    assert card.top1 == round(opened.run.metrics()[1]["test/top1"], 4)
+    assert card.value == round(opened.run.metrics()[1]["test/top1"], 4)
     assert opened.run.provenance["keep"] == [2]
     spec = f"cifar_resnet10_xxs@{opened.run.path}"
-    room = kit.seat(kit.recipe("kd", **{"classroom.teacher": f"{spec}#2", "classroom.peers": [spec]}))
+    room = kit.classroom(kit.recipe("kd", **{"classroom.teacher": f"{spec}#2", "classroom.peers": [spec]}))
     assert kit.same(dict(room.mentors[0].net.state_dict()), states[2])
     assert kit.same(dict(room.mentors[1].net.state_dict()), states[3])
     assert [mentor.name for mentor in room.mentors] == ["cifar_resnet10_xxs", "cifar_resnet10_xxs#2"]
@@ -355,7 +354,7 @@ def test_provenance_tells_where_a_result_came_from(tmp_path: Path, monkeypatch: 
         assert path is not None
         assert facts["mentors"][arch] == {
             "architecture": f"zoo:{arch}",
-            "sha256": weights.digest(weights.load_state(path)),
+            "sha256": checkpoint.digest(checkpoint.load_state(path)),
         }
 
 
@@ -378,7 +377,7 @@ def test_every_mentor_is_logged_by_name_even_twice_the_same(tmp_path: Path) -> N
 
 def test_the_card_says_how_the_student_reads(tmp_path: Path) -> None:
     run = kit.trained(kit.recipe(), tmp_path / "run")
-    card, room = zoo.read_card(run.path / "student.toml"), kit.seat(kit.recipe())
+    card, room = zoo.read_card(run.path / "student.toml"), kit.classroom(kit.recipe())
     assert card.mean == room.data.mean
     assert card.std == room.data.std
     assert (card.image_size, card.num_classes, card.data_hash) == (8, 10, room.data.hash)
@@ -409,7 +408,7 @@ class TwoPhases(Method):
         self.guide = nn.Sequential(nn.Linear(lesson.student.out.shape[-1], 10), nn.BatchNorm1d(10))
 
     def learners(self):
-        return {"student": self.room.student, "guide": self.guide}
+        return {"student": self.context.student, "guide": self.guide}
 
     def phases(self, train):
         quick = train.model_copy(update={"optimizer": "adamw", "lr": 0.01})
@@ -442,10 +441,10 @@ class Sweeper(Method):
         super().__init__()
         self.seen = []
 
-    def begin_epoch(self, epoch, sweep):
-        lessons = list(sweep())
+    def begin_epoch(self, epoch, train_pass):
+        lessons = list(train_pass())
         self.seen.append((sum(len(l.index) for l in lessons), any(l.student.out.requires_grad for l in lessons)))
-        assert self.room.student.training
+        assert self.context.student.training
         assert torch.is_grad_enabled()
 
     def loss(self, lesson, phase):
@@ -477,7 +476,7 @@ def test_a_phase_teaches_only_its_own_learners(tmp_path: Path) -> None:
             states[event.epoch] = (kit.state(learner), {k: v.clone() for k, v in guide.state_dict().items()})
             optimizers[event.epoch] = (type(learner.optimizer), learner.optimizer.param_groups[0]["lr"])
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert kit.same(states[1][0], states[0][0])  # the student waited, its batch statistics too
     assert not torch.equal(states[1][1]["0.weight"], states[0][1]["0.weight"])
     assert kit.same(states[3][1], states[1][1])  # then the guide did
@@ -493,14 +492,14 @@ def test_a_run_stopped_in_any_phase_ends_the_same(tmp_path: Path, where: tuple[i
     whole = kit.trained(kit.recipe("toy"), tmp_path / "whole")
     opened = kit.session(kit.recipe("toy"), tmp_path / "run")
     saved = kit.at(*where, lambda _: opened.checkpoint(where[0] - 1, where[1]) if where[1] else None)
-    events = distill.go(opened)
+    events = groups.go(opened)
     for event in events:
         saved(event)
         if event.epoch == where[0] and (event.batch if isinstance(event, Step) else 0) == where[1]:
             events.close()
             break
     again = kit.session(kit.recipe("toy"), tmp_path / "run", resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert kit.same(kit.student(again.run), kit.student(whole))
     assert again.run.metrics() == whole.metrics()
 
@@ -517,7 +516,7 @@ def test_phases_of_one_name_go_on_with_their_optimiser_and_schedule(tmp_path: Pa
             state = learner.optimizer.state[group["params"][0]]
             told[event.epoch] = (learner.optimizer, group["lr"], int(state.get("step", -1)))
 
-    kit.drive(distill.go(opened), remember)
+    kit.drive(groups.go(opened), remember)
     assert told[1][0] is told[3][0]
     assert told[2][0] is told[4][0] is not told[1][0]
     assert [rate for _, rate, _ in told.values()] == pytest.approx([0.05, 0.01, 0.05, 0.001])
@@ -534,15 +533,15 @@ def test_turns_resume_with_the_same_bits(tmp_path: Path, at: tuple[int, int]) ->
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(opened), kit.at(*at, stop))
-    kit.drive(distill.go(kit.session(config, opened.run.path, resume=True), resume=True))
+        kit.drive(groups.go(opened), kit.at(*at, stop))
+    kit.drive(groups.go(kit.session(config, opened.run.path, resume=True), resume=True))
     assert kit.same(kit.student(opened.run), kit.student(whole))
 
 
 @pytest.mark.usefixtures("toys")
 def test_a_sweep_reads_every_image_and_leaves_no_trace(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("sweeper"), tmp_path / "run")
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert opened.learners[0].method.seen == [(30, False), (30, False)]  # pyright: ignore
     control = kit.trained(kit.recipe("nokd"), tmp_path / "control")
     assert kit.same(kit.student(opened.run), kit.student(control))
@@ -552,15 +551,15 @@ def test_a_sweep_reads_every_image_and_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_tally_goes_on_from_its_state() -> None:
-    one = Tally()
+    one = EpochMeter()
     one.add({"a": torch.tensor(1.0), "b": torch.tensor([1.0, 2.0])})
     one.batches, one.images = 1, 5
-    two = Tally()
+    two = EpochMeter()
     two.load(one.state(), kit.CPU)
     two.add({"a": torch.tensor(2.0), "b": torch.tensor([3.0, 4.0])})
     two.batches += 1
-    assert two.means() == {"a": 1.5, "b": [2.0, 3.0]}
-    assert one.means() == {"a": 1.0, "b": [1.0, 2.0]}
+    assert two.means("") == {"a": 1.5, "b": [2.0, 3.0]}
+    assert one.means("") == {"a": 1.0, "b": [1.0, 2.0]}
 
 
 def test_seeds_of_neighbouring_steps_do_not_meet() -> None:
@@ -571,7 +570,7 @@ def test_seeds_of_neighbouring_steps_do_not_meet() -> None:
 
 
 def test_a_step_reports_where_the_loop_is(tmp_path: Path) -> None:
-    events = kit.drive(distill.go(kit.session(kit.recipe(), tmp_path / "run")))
+    events = kit.drive(groups.go(kit.session(kit.recipe(), tmp_path / "run")))
     steps = [event for event in events if isinstance(event, Step)]
     assert [(s.epoch, s.batch) for s in steps] == [(e, b) for e in (1, 2) for b in (1, 2, 3, 4)]
     assert {(s.epochs, s.batches) for s in steps} == {(2, 4)}
@@ -582,11 +581,11 @@ def test_a_step_reports_where_the_loop_is(tmp_path: Path) -> None:
 
 def test_parts_of_a_batch_keep_their_names() -> None:
     batch = Batch(torch.rand(6, 3, 8, 8), torch.arange(6), torch.arange(10, 16), torch.arange(20, 26))
-    part = shards.micro(batch, 2, 4)
+    part = batch.micro(2, 4)
     assert part.index.tolist() == [12, 13]
     assert part.view.tolist() == [22, 23]
-    assert torch.equal(part.pixels, batch.pixels[2:4])
-    assert View(part.pixels).pooled is None
+    assert torch.equal(part.images, batch.images[2:4])
+    assert Output(part.images).pooled is None
 
 
 def test_the_best_weights_travel_in_the_checkpoint(tmp_path: Path) -> None:
@@ -622,33 +621,33 @@ def test_a_run_stopped_between_batches_answered_together_ends_the_same(tmp_path:
         signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(InterruptedRun):
-        kit.drive(distill.go(stopped), kit.at(epoch, batch, stop))
+        kit.drive(groups.go(stopped), kit.at(epoch, batch, stop))
     again = kit.session(config, tmp_path / "run", resume=True)
     answer = again.mentors._live
     again.mentors._live = lambda pixels: (sizes.append(len(pixels)), answer(pixels))[1]
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert set(sizes) <= {24, 6}  # three batches of eight, and the short one
     assert kit.same(kit.student(again.run), kit.student(whole))
     assert again.run.metrics() == whole.metrics()
 
 
 def test_how_far_to_look_is_decided_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LONG", 1)
+    monkeypatch.setattr(sessions, "LONG", 1)
     opened = kit.session(kit.recipe("kd"), tmp_path / "run")
     monkeypatch.setattr(opened.mentors, "measure_ahead", lambda batches: len(batches) // 2)
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert opened.mentors.ahead == kit.STEPS // 2
     assert opened.run.load_checkpoint()["ahead"] == 2
     again = kit.session(kit.recipe("kd"), tmp_path / "run", resume=True)
     monkeypatch.setattr(again.mentors, "measure_ahead", lambda _: 1 / 0)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert again.mentors.ahead == 2
 
 
 def test_a_short_training_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = kit.session(kit.recipe("kd"), tmp_path / "run")
     monkeypatch.setattr(opened.mentors, "measure_ahead", lambda _: 1 / 0)
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     assert opened.mentors.ahead == 1
 
 
@@ -662,7 +661,7 @@ def test_mentors_worth_it_are_compiled_and_who_cannot_be_is_named(
     whole = kit.trained(kit.recipe("kd"), tmp_path / "whole")
     opened = kit.session(kit.recipe("kd", **{"classroom.compile": True}), tmp_path / "run")
     assert opened.compiled == ["cifar_resnet14", "cifar_resnet8"]
-    heard = [event.text for event in kit.drive(distill.go(opened)) if isinstance(event, Notice)]
+    heard = [event.text for event in kit.drive(groups.go(opened)) if isinstance(event, Notice)]
     assert heard == [f"{name} is not compiled: no compiler here" for name in ("cifar_resnet14", "cifar_resnet8")]
     assert kit.same(kit.student(opened.run), kit.student(whole))
     assert kit.session(kit.recipe("kd"), tmp_path / "other").compiled == []  # thirty small pictures
@@ -682,7 +681,7 @@ def test_compiled_and_eager_students_agree_over_twenty_steps(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("over", "says"),
     [
-        ({}, "cpu has none"),
+        ({}, "cpu has no CUDA graphs"),
         ({"train.accumulate": 2}, r"train\.accumulate = 2"),
         ({"train.optimizer": "lamb"}, "'lamb' is not sgd, adam or adamw"),
     ],

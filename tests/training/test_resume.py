@@ -17,12 +17,12 @@ from torch import Tensor
 
 from kdcli import recipe as recipes
 from kdcli.errors import DataError, InterruptedRun, KdcliError, RecipeError, WeightsError
-from kdcli.models import cards, weights
+from kdcli.models import cards, checkpoint
 from kdcli.recipe import Recipe
 from kdcli.system import files
-from kdcli.training.loop import Session
 from kdcli.training.run import Run
-from kdcli.workflows import compare, distill
+from kdcli.training.session import Session
+from kdcli.workflows import compare, groups
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def raise_signal(number: int) -> None:
 def interrupted(session: Session, epoch: int, batch: int, number: int = signal.SIGTERM) -> InterruptedRun:
     """Train until a signal arrives after that batch (0: the end of the epoch); no further step is begun."""
     with pytest.raises(InterruptedRun) as caught:
-        kit.drive(distill.go(session), kit.at(epoch, batch, lambda _: raise_signal(number)))
+        kit.drive(groups.go(session), kit.at(epoch, batch, lambda _: raise_signal(number)))
     return caught.value
 
 
@@ -81,12 +81,12 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, epoch: int, batch
     assert (state["epoch"], state["batch"]) == stands
     assert not stopped.run.finished
     again = kit.session(config, tmp_path / "run", resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert kit.same(kit.student(again.run), kit.student(whole))
     assert again.run.metrics() == whole.metrics()
     facts, expected = again.run.provenance, whole.provenance
-    assert [facts[key] for key in ("top1", "best", "best_epoch", "epoch")] == [
-        expected[key] for key in ("top1", "best", "best_epoch", "epoch")
+    assert [facts[key] for key in ("score", "best", "best_epoch", "epoch")] == [
+        expected[key] for key in ("score", "best", "best_epoch", "epoch")
     ]
 
 
@@ -97,9 +97,9 @@ def test_a_run_may_be_stopped_many_times(tmp_path: Path) -> None:
     for epoch, batch in [(1, 3), (2, 1)]:
         again = kit.session(config, tmp_path / "run", resume=True)
         with pytest.raises(InterruptedRun, match="SIGINT"):
-            kit.drive(distill.go(again, resume=True), kit.at(epoch, batch, lambda _: raise_signal(signal.SIGINT)))
+            kit.drive(groups.go(again, resume=True), kit.at(epoch, batch, lambda _: raise_signal(signal.SIGINT)))
     last = kit.session(config, tmp_path / "run", resume=True)
-    kit.drive(distill.go(last, resume=True))
+    kit.drive(groups.go(last, resume=True))
     assert kit.same(kit.student(last.run), kit.student(whole))
     assert last.run.metrics() == whole.metrics()
 
@@ -108,7 +108,7 @@ def test_signals_are_given_back_after_training(tmp_path: Path) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     opened = kit.session(kit.recipe(), tmp_path / "run")
     during = {}
-    kit.drive(distill.go(opened), kit.at(1, 1, lambda _: during.update({1: signal.getsignal(signal.SIGTERM)})))
+    kit.drive(groups.go(opened), kit.at(1, 1, lambda _: during.update({1: signal.getsignal(signal.SIGTERM)})))
     assert during[1] is not before[signal.SIGTERM]
     assert {number: signal.getsignal(number) for number in before} == before
 
@@ -121,7 +121,7 @@ def test_a_second_sigint_breaks_in(tmp_path: Path) -> None:
         raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        kit.drive(distill.go(opened), kit.at(1, 1, twice))
+        kit.drive(groups.go(opened), kit.at(1, 1, twice))
 
 
 @pytest.mark.usefixtures("dropout")
@@ -129,23 +129,17 @@ def test_a_second_sigint_breaks_in(tmp_path: Path) -> None:
 def test_a_stopped_compare_ends_with_the_same_bits(tmp_path: Path, epoch: int, batch: int) -> None:
     config, methods, seeds = kit.recipe("classroom"), ["classroom"], [0, 1]
 
-    def opened(path: Path, resume: bool = False) -> Session:
-        room = kit.seat(config)
-        session = compare.open_session(config, methods, seeds, room, Run(path))
-        if not resume:
-            compare.start(session, room, config, methods, seeds)
-        return session
-
-    whole = opened(tmp_path / "whole")
-    kit.drive(compare.go(whole))
+    whole = kit.compared(config, tmp_path / "whole", methods, seeds)
     with pytest.raises(InterruptedRun):
-        kit.drive(compare.go(opened(tmp_path / "run")), kit.at(epoch, batch, lambda _: raise_signal(signal.SIGTERM)))
+        kit.compared(
+            config, tmp_path / "run", methods, seeds, kit.at(epoch, batch, lambda _: raise_signal(signal.SIGTERM))
+        )
     assert not (tmp_path / "run" / "compare.json").exists()
-    kit.drive(compare.go(opened(tmp_path / "run", resume=True), resume=True))
-    for learner in whole.learners:
-        a, b = Run(tmp_path / "whole" / learner.name), Run(tmp_path / "run" / learner.name)
-        assert kit.same(kit.student(a), kit.student(b)), learner.name
-        assert a.metrics() == b.metrics(), learner.name
+    compare.resume(Run(tmp_path / "run"), kit.CPU, kit.follow)
+    for learner in whole.runs:
+        a, b = Run(tmp_path / "whole" / learner), Run(tmp_path / "run" / learner)
+        assert kit.same(kit.student(a), kit.student(b)), learner
+        assert a.metrics() == b.metrics(), learner
     told = [json.loads((tmp_path / name / "compare.json").read_text()) for name in ("whole", "run")]
     assert told[0]["lines"] == told[1]["lines"]
 
@@ -158,7 +152,7 @@ sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 import torch
 import engine_kit as kit
-from kdcli.workflows import distill
+from kdcli.workflows import groups
 
 torch.set_num_threads(1)
 save, count = torch.save, 0
@@ -173,7 +167,7 @@ def killed_while_writing(state, path):
         os.kill(os.getpid(), signal.SIGKILL)
 
 torch.save = killed_while_writing
-kit.drive(distill.go(kit.session(kit.recipe("classroom", **{"train.epochs": 3}), Path(sys.argv[3]))))
+kit.drive(groups.go(kit.session(kit.recipe("classroom", **{"train.epochs": 3}), Path(sys.argv[3]))))
 """
 
 
@@ -195,7 +189,7 @@ def test_a_run_killed_in_the_middle_of_its_checkpoint_ends_with_the_same_bits(tm
     assert [path.stat().st_size for path in torn] == [1000]
     assert len(run.metrics()) == 2  # the second epoch was logged, but its checkpoint is not there
     again = kit.session(config, run.path, resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert kit.same(kit.student(run), kit.student(whole))
     assert run.metrics() == whole.metrics()
     assert not list(run.path.glob(".*"))
@@ -207,7 +201,7 @@ def test_a_run_killed_before_its_student_was_written_only_writes_it(tmp_path: Pa
     (run.path / "student.safetensors").unlink()
     (run.path / "student.toml").unlink()
     again = kit.session(kit.recipe(), tmp_path / "run", resume=True)
-    assert kit.drive(distill.go(again, resume=True)) == []
+    assert kit.drive(groups.go(again, resume=True)) == []
     assert kit.same(kit.student(run), before)
 
 
@@ -218,7 +212,7 @@ def test_a_last_line_cut_off_by_a_kill_is_forgotten(tmp_path: Path) -> None:
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "lr": 0.0')
     again = kit.session(config, tmp_path / "run", resume=True)
-    kit.drive(distill.go(again, resume=True))
+    kit.drive(groups.go(again, resume=True))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (whole.path / "metrics.jsonl").read_text()
 
 
@@ -227,11 +221,11 @@ def test_a_last_line_cut_off_by_a_kill_is_forgotten(tmp_path: Path) -> None:
 
 def test_other_pictures_are_refused(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe(), tmp_path / "run")
-    room = kit.seat(kit.recipe())
-    distill.same_room(opened.run, room)
+    room = kit.classroom(kit.recipe())
+    groups.check_unchanged(opened.run, room)
     room.data.hash = "another"
-    with pytest.raises(WeightsError, match="other pictures than digits") as caught:
-        distill.same_room(opened.run, room)
+    with pytest.raises(WeightsError, match="other images than digits") as caught:
+        groups.check_unchanged(opened.run, room)
     assert caught.value.exit_code == 3
 
 
@@ -240,10 +234,10 @@ def test_other_mentors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = kit.recipe("kd", **{"classroom.teacher": kit.MENTORS[0], "classroom.peers": []})
     kit.add_mentor(kit.MENTORS[0], 1)
     opened = kit.session(config, tmp_path / "run")
-    distill.same_room(opened.run, kit.seat(config))
+    groups.check_unchanged(opened.run, kit.classroom(config))
     kit.add_mentor(kit.MENTORS[0], 2)  # newer, so the bare name finds it
     with pytest.raises(WeightsError, match=f"mentor {kit.MENTORS[0]} had other weights") as caught:
-        distill.same_room(opened.run, kit.seat(config))
+        groups.check_unchanged(opened.run, kit.classroom(config))
     assert caught.value.exit_code == 3
     assert "@PATH" in caught.value.hint
 
@@ -255,7 +249,7 @@ def stopped_run(tmp_path: Path) -> Run:
 
 
 def resume(run: Run, config: Recipe | None = None) -> None:
-    kit.drive(distill.go(kit.session(config or kit.recipe(), run.path, resume=True), resume=True))
+    kit.drive(groups.go(kit.session(config or kit.recipe(), run.path, resume=True), resume=True))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +282,7 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
     run = stopped_run(tmp_path)
-    with pytest.raises(RecipeError, match="knows nothing of aver"):
+    with pytest.raises(RecipeError, match="has no learner aver"):
         resume(run, kit.recipe("aver"))
 
 
@@ -337,7 +331,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing)
         with pytest.raises(DataError, match=r"cannot write .*last\.ckpt.*untouched") as caught:
-            kit.drive(distill.go(opened))
+            kit.drive(groups.go(opened))
     assert caught.value.exit_code == 3
     assert "--resume" in caught.value.hint
     assert ("disk is full" in caught.value.message) == (error.errno == errno.ENOSPC)
@@ -364,7 +358,7 @@ def test_a_score_line_that_cannot_be_written_is_a_clear_word(tmp_path: Path) -> 
     opened = kit.session(kit.recipe(), tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").mkdir()
     with pytest.raises(DataError, match=r"cannot write .*metrics\.jsonl"):
-        kit.drive(distill.go(opened))
+        kit.drive(groups.go(opened))
 
 
 @pytest.mark.parametrize("what", ["student", "card"])
@@ -382,10 +376,10 @@ def test_a_student_that_cannot_be_written_is_a_clear_word(
     with monkeypatch.context() as patch:
         patch.setattr(cards, "_write", full)
         with pytest.raises(KdcliError, match=f"no space left.*{suffix}") as caught:
-            kit.drive(distill.go(opened))
+            kit.drive(groups.go(opened))
     assert caught.value.exit_code == 3
     resume(opened.run)
-    assert weights.digest(kit.student(opened.run)) == weights.digest(kit.state(opened.learners[0]))
+    assert checkpoint.digest(kit.student(opened.run)) == checkpoint.digest(kit.state(opened.learners[0]))
 
 
 # --- what a checkpoint holds ------------------------------------------------------------------------------------------
@@ -393,15 +387,17 @@ def test_a_student_that_cannot_be_written_is_a_clear_word(
 
 def test_no_mentor_is_ever_in_a_checkpoint(tmp_path: Path) -> None:
     opened = kit.session(kit.recipe("classroom", **{"train.ema": 0.9}), tmp_path / "run")
-    before = [weights.digest(mentor.net) for mentor in opened.mentors.members]
-    kit.drive(distill.go(opened))
+    before = [checkpoint.digest(mentor.net) for mentor in opened.mentors.members]
+    kit.drive(groups.go(opened))
     state = opened.run.load_checkpoint()
-    held = {weights.digest({"x": tensor}) for tensor in tensors(state) if tensor.numel() > 20}
+    held = {checkpoint.digest({"x": tensor}) for tensor in tensors(state) if tensor.numel() > 20}
     assert len(held) > 10
     for mentor in opened.mentors.members:
-        theirs = {weights.digest({"x": tensor}) for tensor in mentor.net.state_dict().values() if tensor.numel() > 20}
+        theirs = {
+            checkpoint.digest({"x": tensor}) for tensor in mentor.net.state_dict().values() if tensor.numel() > 20
+        }
         assert not held & theirs
-    assert [weights.digest(mentor.net) for mentor in opened.mentors.members] == before
+    assert [checkpoint.digest(mentor.net) for mentor in opened.mentors.members] == before
     assert not any(mentor.training for mentor in opened.mentors.members)
     assert not any(p.requires_grad for mentor in opened.mentors.members for p in mentor.parameters())
     assert all(p.grad is None for mentor in opened.mentors.members for p in mentor.parameters())
@@ -410,7 +406,7 @@ def test_no_mentor_is_ever_in_a_checkpoint(tmp_path: Path) -> None:
 def test_a_checkpoint_is_smaller_than_its_parts_and_safe_to_read(tmp_path: Path) -> None:
     """Weights, momentum and a little more; nothing but tensors and plain values."""
     opened = kit.session(kit.recipe("classroom"), tmp_path / "run")
-    kit.drive(distill.go(opened))
+    kit.drive(groups.go(opened))
     student = sum(v.numel() * v.element_size() for v in opened.learners[0].student.state_dict().values())
     size = sum(v.numel() * v.element_size() for v in tensors(opened.run.load_checkpoint()))
     assert student < size < 3 * student

@@ -30,7 +30,7 @@ def made(name: str, started: str, *, finished: bool = True, kind: str = "distill
     if finished and kind == "compare":
         (run.path / "compare.json").touch()
     elif finished:
-        run.amend(top1=70.0)
+        run.amend(finished=True)
     return run
 
 
@@ -40,8 +40,8 @@ def test_a_run_keeps_its_recipe_and_provenance() -> None:
     assert run.provenance["recipe"] == recipe().hash()
     assert run.provenance["seeds"] == {"data": 3, "train": 5}
     assert run.provenance["mentors"] == {"x": 1}
-    run.amend(top1=70.5)
-    assert run.provenance["top1"] == 70.5
+    run.amend(best=70.5)
+    assert run.provenance["best"] == 70.5
     assert run.provenance["mentors"] == {"x": 1}
     assert run.kind == "distill"
 

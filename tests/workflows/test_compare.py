@@ -1,8 +1,10 @@
-"""Learners side by side: each ends as it would alone, and the table says what the differences are worth."""
+"""Learners side by side: each ends as it would alone, and the table says what the differences mean."""
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from signal import SIGTERM, raise_signal
 from typing import Any
 
 import engine_kit as kit
@@ -11,10 +13,11 @@ import torch
 
 from kdcli.errors import InterruptedRun, RecipeError
 from kdcli.recipe import Expect, Recipe
+from kdcli.tasks import Classify
 from kdcli.training import run as runs
-from kdcli.training.loop import EpochEnd, Session
 from kdcli.training.run import Run
-from kdcli.workflows import compare, distill
+from kdcli.training.session import EpochEnd, Session
+from kdcli.workflows import compare, groups
 from kdcli.workflows.compare import Comparison, Line
 
 METHODS, SEEDS = ["kd", "aver", "classroom"], [0, 3]
@@ -25,17 +28,20 @@ def _zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDCLI_HOME", str(kit.home()))
 
 
-def opened(config: Recipe, path: Path, methods: list[str], seeds: list[int]) -> Session:
-    room = kit.seat(config)
-    session = compare.open_session(config, methods, seeds, room, Run(path))
-    compare.start(session, room, config, methods, seeds)
-    return session
+def compared(
+    config: Recipe, path: Path, methods: list[str], seeds: list[int], first: Callable[[Session], object] = print
+) -> Session:
+    """The session of a finished compare, which `first` may change before it is trained."""
+    sessions = []
 
+    def follow(_: Any, events: Any, label: str) -> None:
+        sessions.append(kit.session_of(events))
+        first(sessions[0])
+        kit.drive(events)
 
-def compared(config: Recipe, path: Path, methods: list[str], seeds: list[int]) -> Session:
-    session = opened(config, path, methods, seeds)
-    kit.drive(compare.go(session))
-    return session
+    compare.compare(config, methods, seeds, kit.CPU, follow, out=str(path))
+    assert len(sessions) == 1
+    return sessions[0]
 
 
 def alone(config: Recipe, method: str, seed: int, path: Path) -> Run:
@@ -43,7 +49,7 @@ def alone(config: Recipe, method: str, seed: int, path: Path) -> Run:
 
 
 def test_every_learner_ends_as_in_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, and with dropout, so that a learner may not notice what its neighbours drew."""
+    """To the bit, and with dropout, so that what the others draw may not change a learner."""
     from kdcli.models import registry
 
     create = registry.create
@@ -71,15 +77,14 @@ def test_every_learner_ends_as_in_its_own_run(tmp_path: Path, monkeypatch: pytes
     assert not any(kit.same(a, b) for n, a in enumerate(states) for b in states[:n])
 
 
-def test_neighbours_who_ask_for_more_change_nothing(tmp_path: Path) -> None:
-    """Maps, pooled vectors, strong views and students of their own are asked for by some learners of a session only."""
+def test_learners_with_other_needs_change_nothing(tmp_path: Path) -> None:
+    """Only some learners of a session need maps, pooled vectors, strong views or further students."""
     config = kit.recipe("kd", baselines={"ab": {"init_epochs": 1}})
     session = compared(config, tmp_path / "all", ["kd", "vid", "pkt", "mlkd", "dml", "ab"], [2])
-    assert session.mentors.deeper is not None
-    answer = session.mentors.answer(next(session.stream.epoch(0)))
-    for learner in session.learners:  # what AB alone asked for is nobody else's
-        mine = learner._mine(answer)
-        taps = mine.maps[0] if mine is not None and isinstance(mine.maps, tuple) else {}
+    assert session.mentors.unfused is not None
+    answers = session.mentors.answer(next(session.stream.epoch(0)))
+    for learner in session.learners:  # taps that AB alone needs are not given to the others
+        taps = [tap for one in learner._select(answers.of(learner.needs)) for tap in one.maps or {}]
         assert any(tap.endswith(".pre") for tap in taps) == (learner.name == "ab-2")
     for learner in session.learners:
         method, _, seed = learner.name.partition("-")
@@ -113,29 +118,32 @@ def test_one_method_is_compared_in_several_forms(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_drawn_once_and_each_mentor_answers_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = opened(kit.recipe("classroom"), tmp_path / "all", METHODS, SEEDS)
-    calls = dict.fromkeys([member.name for member in session.mentors.members], 0)
-    for one in session.mentors.frozen:
-        one.net.register_forward_hook(lambda *_, name=one.member.name: calls.update({name: calls[name] + 1}))
-    drawn, epoch = [], session.stream.epoch
+    calls: dict[str, int] = {}
+    drawn = []
 
-    def watched(*args: int) -> Any:
-        for batch in epoch(*args):
-            drawn.append(batch.index)
-            yield batch
+    def watch(session: Session) -> None:
+        for one in session.mentors.frozen:
+            calls[one.member.name] = 0
+            one.net.register_forward_hook(lambda *_, name=one.member.name: calls.update({name: calls[name] + 1}))
+        epoch = session.stream.epoch
 
-    monkeypatch.setattr(session.stream, "epoch", watched)
-    kit.drive(compare.go(session))
+        def watched(*args: int) -> Any:
+            for batch in epoch(*args):
+                drawn.append(batch.index)
+                yield batch
+
+        monkeypatch.setattr(session.stream, "epoch", watched)
+
+    session = compared(kit.recipe("classroom"), tmp_path / "all", METHODS, SEEDS, watch)
     assert len(session.learners) == 8
     assert calls == dict.fromkeys([member.name for member in session.mentors.members], 2 * kit.STEPS)
     assert len(drawn) == 2 * kit.STEPS
 
 
-def test_the_control_needs_no_mentors_and_alone_asks_none(tmp_path: Path) -> None:
-    session = opened(kit.recipe("nokd"), tmp_path / "all", [], [0])
+def test_the_control_alone_needs_no_mentors(tmp_path: Path) -> None:
+    session = compared(kit.recipe("nokd"), tmp_path / "all", [], [0])
     assert [learner.name for learner in session.learners] == ["nokd-0"]
     assert session.mentors.members == []
-    kit.drive(compare.go(session))
     assert [line.verdict for line in compare.summarise(session.run).lines] == ["control"]
 
 
@@ -146,6 +154,7 @@ def test_the_table_is_made_of_the_learners_own_scores(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "all" / "compare.json").read_text())
     found = compare.summarise(session.run)
     assert json.loads(found.json()) == told
+    assert (told["run"], told["stands_for"]) == (str(tmp_path / "all"), "classroom-0")
     assert (told["source"], told["epoch"]) == ("Table 9", "best")
     assert [line["method"] for line in told["lines"]] == ["nokd", "classroom"]
     scores = {
@@ -153,7 +162,8 @@ def test_the_table_is_made_of_the_learners_own_scores(tmp_path: Path) -> None:
         for method in ("nokd", "classroom")
     }
     line = found.line("classroom")
-    assert line.top1 == scores["classroom"]
+    assert line.values == scores["classroom"]
+    assert told["lines"][1]["top1"] == scores["classroom"]
     assert line.seeds == SEEDS
     gains = [a - b for a, b in zip(scores["classroom"], scores["nokd"], strict=True)]
     assert line.gain == pytest.approx(sum(gains) / 2)
@@ -211,7 +221,7 @@ def test_a_table_without_published_figures_has_no_columns_for_them() -> None:
         Line("nokd", [4], [50.0], [51.0], 50.0, None, None, None, None, "control"),
         Line("kd", [4], [51.0], [52.0], 51.0, None, 1.0, None, None, "one seed: no verdict"),
     ]
-    shown = compare.table(Comparison(lines))
+    shown = compare.table(Comparison(lines, Classify.metrics[0]))
     assert shown["columns"] == ["method", "top-1 %", "gain", "95 % interval", "verdict"]
     assert shown["rows"] == [["nokd", "50.00", "", "", "control"], ["kd", "51.00", "+1.00", "", "one seed: no verdict"]]
     assert shown["title"] == "1 seed"
@@ -227,7 +237,7 @@ def test_independent_seeds_have_streams_of_their_own(tmp_path: Path) -> None:
         kit.drive(events)
 
     run = Run(tmp_path / "all")
-    found = compare.independent(config, ["classroom"], [0, 2], kit.CPU, run, follow)
+    found = compare.compare(config, ["classroom"], [0, 2], kit.CPU, follow, independent=True, out=str(run.path))
     assert labels == ["seed 0: 2 students", "seed 2: 2 students"]
     assert found == compare.summarise(run)
     assert run.finished
@@ -243,9 +253,6 @@ def test_independent_seeds_have_streams_of_their_own(tmp_path: Path) -> None:
 def test_a_stopped_independent_compare_goes_on_where_it_was(tmp_path: Path) -> None:
     config = kit.recipe("classroom", **{"train.epochs": 2})
 
-    def follow(_: Any, events: Any, label: str) -> None:
-        kit.drive(events)
-
     def breaks(_: Any, events: Any, label: str) -> None:
         if not label.startswith("seed 1"):
             return kit.drive(events)
@@ -255,14 +262,25 @@ def test_a_stopped_independent_compare_goes_on_where_it_was(tmp_path: Path) -> N
                 raise InterruptedRun("stopped")
         return None
 
-    whole = compare.independent(config, ["classroom"], [0, 1, 2], kit.CPU, Run(tmp_path / "whole"), follow)
+    def independent(follow: Any, name: str) -> compare.Comparison:
+        seeds, out = [0, 1, 2], str(tmp_path / name)
+        return compare.compare(config, ["classroom"], seeds, kit.CPU, follow, independent=True, out=out)
+
+    whole = independent(kit.follow, "whole")
     run = Run(tmp_path / "stopped")
     with pytest.raises(InterruptedRun) as caught:
-        compare.independent(config, ["classroom"], [0, 1, 2], kit.CPU, run, breaks)
+        independent(breaks, "stopped")
     assert f"kdcli compare --resume {run.path}" in caught.value.hint
     assert not run.finished
-    found = compare.independent(config, ["classroom"], [0, 1, 2], kit.CPU, run, follow, resume=True)
-    assert [line.top1 for line in found.lines] == [line.top1 for line in whole.lines]
+    labels = []
+
+    def goes_on(_: Any, events: Any, label: str) -> None:
+        labels.append(label)
+        kit.drive(events)
+
+    found = compare.resume(run, kit.CPU, goes_on)
+    assert labels == ["seed 1: 2 students", "seed 2: 2 students"]  # what has finished is not trained again
+    assert [line.values for line in found.lines] == [line.values for line in whole.lines]
     assert run.finished
     assert not list(run.path.glob(".*"))
     for seed in range(3):
@@ -281,25 +299,31 @@ def test_a_compare_stands_for_its_recipes_method_and_first_seed(
     assert runs.find(None, learner=False).kind == "compare"
     assert Run(Path("runs/both/aver-1")).kind == "distill"
     assert [run.name for run in runs.every()] == ["both"]
-    other = opened(kit.recipe("kd"), Path("runs/other"), ["aver"], [7])
+    other = compared(kit.recipe("kd", **{"train.epochs": 1}), Path("runs/other"), ["aver"], [7])
     assert other.run.provenance["stands_for"] == "aver-7"  # kd was not among the methods
 
 
 def test_a_resumed_compare_must_know_its_learners(tmp_path: Path) -> None:
     config = kit.recipe("aver", **{"train.epochs": 1})
-    session = opened(config, tmp_path / "all", ["aver"], [0])
-    session.checkpoint(0, 2)
-    other = compare.open_session(config, ["aver"], [0, 1], kit.seat(config), Run(tmp_path / "all"))
-    with pytest.raises(RecipeError, match="knows nothing of nokd-1") as caught:
-        kit.drive(compare.go(other, resume=True))
+    with pytest.raises(InterruptedRun):
+        kit.compared(config, tmp_path / "all", ["aver"], [0], kit.at(1, 2, lambda _: raise_signal(SIGTERM)))
+    run = Run(tmp_path / "all")
+    run.amend(train_seeds=[0, 1])
+    with pytest.raises(RecipeError, match="has no learner nokd-1") as caught:
+        compare.resume(run, kit.CPU, kit.follow)
     assert "--seeds" in caught.value.hint
 
 
 def test_students_start_alike_for_a_seed_whatever_their_method(tmp_path: Path) -> None:
-    session = opened(kit.recipe("classroom"), tmp_path / "all", ["aver", "classroom"], [0, 1])
-    states = {learner.name: kit.state(learner) for learner in session.learners}
+    states = {}
+
+    def remember(session: Session) -> None:
+        states.update({learner.name: kit.state(learner) for learner in session.learners})
+
+    config = kit.recipe("classroom", **{"train.epochs": 1})
+    session = compared(config, tmp_path / "all", ["aver", "classroom"], [0, 1], remember)
     for method in ("aver", "classroom"):
         assert kit.same(states[f"{method}-0"], states["nokd-0"])
         assert kit.same(states[f"{method}-1"], states["nokd-1"])
     assert not torch.equal(states["nokd-0"]["fc.weight"], states["nokd-1"]["fc.weight"])
-    assert distill.facts_of(session.learners[0].classroom)["data"]["train"] == 30
+    assert groups.facts_of(session.learners[0].classroom)["data"]["train"] == 30

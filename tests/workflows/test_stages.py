@@ -1,4 +1,4 @@
-"""A recipe's stages: what is planned, trained in order, gone on with after a stop, and compared."""
+"""A recipe's stages: planned, trained in order, resumed after a stop, and compared."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,15 @@ from cli_kit import kdcli
 
 from kdcli import methods, recipe as recipes
 from kdcli.errors import InterruptedRun, RecipeError
-from kdcli.methods import Lesson, Phase, View
+from kdcli.methods import Lesson, Phase
 from kdcli.models import cards
+from kdcli.models.outputs import Output
 from kdcli.recipe import Recipe, TrainConfig
 from kdcli.tasks import Classify
-from kdcli.training.loop import EpochEnd, Step
 from kdcli.training.run import Run
-from kdcli.workflows import compare, distill, stages
+from kdcli.training.session import EpochEnd, Step
+from kdcli.training.student import student_of
+from kdcli.workflows import compare, distill, groups, stages
 
 BIG, MID = "cifar_resnet14", "cifar_resnet8"
 TWO = {
@@ -41,13 +43,8 @@ def assisted(method: str, **over: Any) -> Recipe:
     return kit.recipe(method, **{f"method.{key}": value for key, value in TAKD.items()}, **over)
 
 
-def follow(_: Any, events: Any, label: str) -> None:
-    kit.drive(events)
-
-
-def learned(config: Recipe, path: Path) -> Run:
-    stages.learn(config, Run(path), kit.CPU, follow)
-    return Run(path)
+def trained(config: Recipe, path: Path) -> Run:
+    return distill.distill(config, kit.CPU, kit.follow, out=str(path)).run
 
 
 def classroom(config: Recipe) -> tuple[str | None, str | None, list[str]]:
@@ -99,14 +96,14 @@ def test_stages_that_make_no_sense_are_refused(change: dict[str, Any], words: st
 def test_only_what_is_needed_is_planned() -> None:
     config = kit.recipe("aver", **TWO)
     assert list(stages.plan(config).stages) == ["big", "mid"]
-    assert stages.plan(config.with_method("nokd")).stages == {}  # the control hears nobody
+    assert stages.plan(config.with_method("nokd")).stages == {}  # the control needs no mentors
     assert list(stages.plan(config.with_(**{"classroom.student": "@stage:idle"}).with_method("nokd")).stages) == [
         "idle"
     ]
     assert list(stages.plan(config.with_(**{"classroom.teacher": "@stage:big"})).stages) == ["big"]
 
 
-def test_takd_is_a_chain_and_dgkd_hears_all() -> None:
+def test_takd_is_a_chain_and_dgkd_learns_from_all() -> None:
     chain = stages.plan(assisted("takd"))
     one, two = chain.stages.values()
     assert classroom(one) == (BIG, BIG, [])
@@ -130,10 +127,10 @@ def test_a_stage_has_no_stages() -> None:
 
 def lesson(m: int = 3, b: int = 40) -> Lesson:
     torch.manual_seed(0)
-    view, target = View(torch.randn(b, 5)), torch.arange(b) % 5
+    output, target = Output(torch.randn(b, 5)), torch.arange(b) % 5
     generator = torch.Generator().manual_seed(1)
-    taught = View(2 * torch.randn(m, b, 5))
-    return Lesson(target, torch.arange(b), 0.0, 0, Classify(5), generator, view, {"student": view}, taught)
+    mentors = [Output(logits) for logits in 2 * torch.randn(m, b, 5)]
+    return Lesson(target, torch.arange(b), 0.0, 0, Classify(5), generator, output, {"student": output}, mentors)
 
 
 def terms(name: str, given: Lesson, **options: Any) -> dict[str, float]:
@@ -172,7 +169,7 @@ def test_dgkd_drops_one_mentor_of_every_sample_or_of_the_batch() -> None:
 
 
 def test_two_stages_and_the_last_part(tmp_path: Path) -> None:
-    run = learned(kit.recipe("aver", **TWO), tmp_path / "run")
+    run = trained(kit.recipe("aver", **TWO), tmp_path / "run")
     assert run.finished
     facts = run.provenance
     assert list(facts["stages"]) == ["big", "mid"]
@@ -180,8 +177,8 @@ def test_two_stages_and_the_last_part(tmp_path: Path) -> None:
     for name, arch in (("big", BIG), ("mid", MID)):
         stage = Run(run.path / "stages" / name)
         assert stage.finished
-        assert distill.student_of(stage).architecture.arch == arch
-        assert facts["stages"][name]["top1"] == stage.provenance["top1"]
+        assert student_of(stage).architecture.arch == arch
+        assert facts["stages"][name]["score"] == stage.score
         assert facts["stages"][name]["recipe"] == stage.provenance["recipe"]
     assert list(facts["mentors"]) == [MID, BIG, f"{MID}#2"]
     mid = Run(run.path / "stages" / "mid")
@@ -202,7 +199,7 @@ def test_two_stages_and_the_last_part(tmp_path: Path) -> None:
 )
 def test_a_stopped_run_goes_on_in_its_unfinished_stage(tmp_path: Path, label: str, epoch: int, batch: int) -> None:
     config = kit.recipe("aver", **TWO)
-    whole = learned(config, tmp_path / "whole")
+    whole = trained(config, tmp_path / "whole")
     labels = []
 
     def breaks(_: Any, events: Any, now: str) -> None:
@@ -215,7 +212,7 @@ def test_a_stopped_run_goes_on_in_its_unfinished_stage(tmp_path: Path, label: st
 
     run = Run(tmp_path / "stopped")
     with pytest.raises(InterruptedRun) as caught:
-        stages.learn(config, run, kit.CPU, breaks)
+        distill.distill(config, kit.CPU, breaks, out=str(run.path))
     assert f"kdcli distill --resume {run.path}" in caught.value.hint
     assert not run.finished
     gone = labels[:]
@@ -224,7 +221,7 @@ def test_a_stopped_run_goes_on_in_its_unfinished_stage(tmp_path: Path, label: st
         labels.append(now)
         kit.drive(events)
 
-    stages.learn(run.recipe, run, kit.CPU, goes_on)
+    distill.resume(run, kit.CPU, goes_on)
     assert labels[len(gone) :] == ["stage big", "stage mid", "aver"][len(gone) - 1 :]  # nothing finished is done again
     assert kit.same(kit.student(whole), kit.student(run))
     for stage in ("big", "mid"):
@@ -240,14 +237,14 @@ def test_what_a_later_stage_cannot_do_is_refused_before_the_first(tmp_path: Path
         ({"classroom.student": "cifar_resnet10_xss"}, "cifar_resnet10_xss"),
     ):
         with pytest.raises(Exception, match=words):
-            learned(kit.recipe("aver", **{**TWO, **change}), tmp_path / "run")
+            trained(kit.recipe("aver", **{**TWO, **change}), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 
 def test_a_student_may_begin_as_a_stages_graduate(tmp_path: Path) -> None:
     stage = {"name": "warm", "student": "cifar_resnet10_xxs", "method": {"name": "nokd"}}
     config = kit.recipe("kd", stage=[stage], **{"classroom.student": "@stage:warm", "train.lr": 0.0})
-    run = learned(config, tmp_path / "run")
+    run = trained(config, tmp_path / "run")
     warm, ended = (kit.student(one) for one in (Run(run.path / "stages" / "warm"), run))
     assert torch.equal(warm["fc.weight"], ended["fc.weight"])  # nothing was learned at a rate of 0
     with pytest.raises(RecipeError, match="a compare's control would have to wait"):
@@ -260,21 +257,20 @@ def test_a_student_may_begin_as_a_stages_graduate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("independent", [False, True])
 def test_a_compared_takd_is_its_own_distill(tmp_path: Path, independent: bool) -> None:
     config = kit.recipe("kd", **{"train.epochs": 1, "baselines": {"takd": TAKD}})
-    run, names, seeds = Run(tmp_path / "all"), ["takd", "kd"], [0, 3]
-    if independent:
-        compare.independent(config, names, seeds, kit.CPU, run, follow)
-    else:
-        room = compare.open_room(config, kit.CPU)
-        session = compare.open_session(config, names, seeds, room, run)
-        assert [one.name for one in session.learners] == ["nokd-0", "nokd-3", "kd-0", "kd-3"]
-        compare.start(session, room, config, names, seeds)
-        kit.drive(compare.go(session))
-        assert not run.finished  # takd is still to come
-        compare.staged(config, names, seeds, kit.CPU, run, follow)
+    run, labels = Run(tmp_path / "all"), []
+
+    def follow(_: Any, events: Any, label: str) -> None:
+        assert not run.finished
+        labels.append(label)
+        kit.drive(events)
+
+    found = compare.compare(config, ["takd", "kd"], [0, 3], kit.CPU, follow, independent=independent, out=str(run.path))
+    assert labels[0] == ("seed 0: 2 students" if independent else "4 students")
+    assert labels[-3:] == ["takd-3: stage assistant1", "takd-3: stage assistant2", "takd-3: takd"]
     assert run.finished
-    assert [line.method for line in compare.summarise(run).lines] == ["nokd", "takd", "kd"]
+    assert [line.method for line in found.lines] == ["nokd", "takd", "kd"]
     own = config.with_method("takd").with_(**{"train.seed": 3, "data.seed": 3 if independent else 0})
-    alone = learned(own, tmp_path / "alone")
+    alone = trained(own, tmp_path / "alone")
     together = Run(run.path / "takd-3")
     assert kit.same(kit.student(alone), kit.student(together))
     assert alone.metrics() == together.metrics()
@@ -284,16 +280,19 @@ def test_a_compared_takd_is_its_own_distill(tmp_path: Path, independent: bool) -
 
 def test_a_recipe_whose_mentors_come_of_stages_is_compared_too(tmp_path: Path) -> None:
     config = kit.recipe("aver", **TWO, **{"train.epochs": 1})
-    run = Run(tmp_path / "all")
-    room = compare.open_room(config, kit.CPU)
-    assert room.mentors == []
-    session = compare.open_session(config, ["aver"], [0], room, run)
-    assert [one.name for one in session.learners] == ["nokd-0"]
-    compare.start(session, room, config, ["aver"], [0])
-    kit.drive(compare.go(session))
-    compare.staged(config, ["aver"], [0], kit.CPU, run, follow)
+    run, mentors = Run(tmp_path / "all"), {}
+
+    def follow(classroom: Any, events: Any, label: str) -> None:
+        mentors[label] = [member.name for member in classroom.mentors]
+        kit.drive(events)
+
+    compare.compare(config, ["aver"], [0], kit.CPU, follow, out=str(run.path))
+    assert mentors == {
+        "1 student": [], "aver-0: stage big": [BIG], "aver-0: stage mid": [BIG, f"{BIG}#2"],
+        "aver-0: aver": [MID, BIG, f"{MID}#2"],
+    }  # fmt: skip
     assert run.finished
-    alone = learned(config, tmp_path / "alone")
+    alone = trained(config, tmp_path / "alone")
     assert kit.same(kit.student(alone), kit.student(Run(run.path / "aver-0")))
 
 
@@ -303,7 +302,7 @@ def test_a_stopped_compare_goes_on_with_its_stages(tmp_path: Path, monkeypatch: 
     (tmp_path / "mine.toml").write_text(assisted("takd").toml())
     typed = ("compare", "--recipe", "mine.toml", "--methods", "takd", "--seeds", "1", "--device", "cpu", "--json")
     whole = kdcli(*typed, "--out", "whole").json
-    go, left = distill.go, [3]
+    go, left = groups.go, [3]
 
     def stops(*args: Any, **options: Any) -> Any:
         left[0] -= 1
@@ -312,10 +311,10 @@ def test_a_stopped_compare_goes_on_with_its_stages(tmp_path: Path, monkeypatch: 
             if left[0] == 0 and isinstance(event, Step) and event.batch == 2:
                 raise InterruptedRun("stopped")
 
-    monkeypatch.setattr(distill, "go", stops)
+    monkeypatch.setattr(groups, "go", stops)
     said = kdcli(*typed, "--out", "runs/stopped", code=130)
     assert "kdcli compare --resume runs/stopped" in said.err
-    monkeypatch.setattr(distill, "go", go)
+    monkeypatch.setattr(groups, "go", go)
     assert Run(Path("runs/stopped/takd-0/stages/assistant1")).finished
     assert not Run(Path("runs/stopped/takd-0/stages/assistant2")).finished
     part = kdcli("distill", "--resume", "runs/stopped/takd-0/stages/assistant2", code=2)
@@ -333,8 +332,8 @@ def test_distill_check_show_and_evaluate_know_stages(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.toml").write_text(kit.recipe("aver", **TWO).toml())
     looked = kdcli("check", "--recipe", "two.toml", "--device", "cpu")
-    assert f"stage big: {BIG} taught by {BIG} (kd), 1 epochs" in looked.out
-    assert f"stage mid: {MID} taught by {BIG}, {BIG}#2 (aver), 2 epochs" in looked.out
+    assert f"stage big: {BIG} learns from {BIG} (kd), 1 epoch," in looked.out
+    assert f"stage mid: {MID} learns from {BIG}, {BIG}#2 (aver), 2 epochs" in looked.out
     found = kdcli("check", "--recipe", "two.toml", "--device", "cpu", "--json").json
     assert [seat["top1"] is None for seat in found["seats"]] == [True, True, True, False]
     assert found["seats"][1]["origin"] == "trained first, in a stage"
@@ -344,9 +343,9 @@ def test_distill_check_show_and_evaluate_know_stages(tmp_path: Path, monkeypatch
     said = kdcli(*typed)
     assert "now stage mid" in said.out
     run = Run(Path("runs/two"))
-    assert f"stage big % {run.provenance['stages']['big']['top1']:.2f}" in " ".join(said.out.split())
+    assert f"stage big % {run.provenance['stages']['big']['score']['top1']:.2f}" in " ".join(said.out.split())
     shown = " ".join(kdcli("runs", "show", "two").out.split())
-    assert f"stage mid {run.provenance['stages']['mid']['top1']:.2f}" in shown
+    assert f"stage mid {run.provenance['stages']['mid']['score']['top1']:.2f}" in shown
     assert json.dumps(kdcli("runs", "ls", "--json").json).count("two") == 1  # a stage is no run of its own in the list
     agreement = kdcli("evaluate", "two", "--mentors", "--json", "--device", "cpu").json["agreement"]
     assert list(agreement) == [MID, BIG, f"{MID}#2"]
@@ -361,7 +360,7 @@ def test_a_stopped_distill_is_resumed_as_typed(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "two.toml").write_text(kit.recipe("aver", **TWO).toml())
     typed = ("distill", "--recipe", "two.toml", "--device", "cpu", "--json")
     whole = kdcli(*typed, "--out", "runs/whole").json
-    go, left = distill.go, [2]
+    go, left = groups.go, [2]
 
     def stops(*args: Any, **options: Any) -> Any:
         left[0] -= 1
@@ -370,10 +369,10 @@ def test_a_stopped_distill_is_resumed_as_typed(tmp_path: Path, monkeypatch: pyte
             if left[0] == 0 and isinstance(event, Step) and event.batch == 2:
                 raise InterruptedRun("stopped")
 
-    monkeypatch.setattr(distill, "go", stops)
+    monkeypatch.setattr(groups, "go", stops)
     said = kdcli(*typed, "--out", "runs/stopped", code=130)
     assert "kdcli distill --resume runs/stopped" in said.err
-    monkeypatch.setattr(distill, "go", go)
+    monkeypatch.setattr(groups, "go", go)
     assert "not finished" in kdcli("runs", "show", "stopped").out
     part = kdcli("distill", "--resume", "runs/stopped/stages/mid", code=2)
     assert "kdcli distill --resume runs/stopped" in part.err

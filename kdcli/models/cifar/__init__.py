@@ -1,6 +1,6 @@
 """The zoo's CIFAR networks. Importing this registers them with timm under `cifar_*`.
 
-`timm.create_model("cifar_resnet20", num_classes=100)` then works; `translate` reads public checkpoints' names.
+`timm.create_model("cifar_resnet20", num_classes=100)` then works; `translate` renames public checkpoints' tensors.
 """
 
 from kdcli.models.cifar import mobilenetv2, resnet, shufflenet, vgg, wrn

@@ -1,7 +1,7 @@
-"""What every CIFAR network of the zoo is made of, and how it comes to be known to timm.
+"""The parts of every CIFAR network of the zoo, and its registration with timm.
 
-A network is a stem, three or four stages (`stage1` ...), a tail and a linear classifier `fc`. The stages are
-what `feature_info` names, so methods that read intermediate maps find them alike in every network.
+A network is a stem, three or four stages (`stage1` ...), a tail and a linear classifier `fc`. `feature_info` lists the
+stages, so that methods find intermediate maps under the same names in every network.
 """
 
 import sys
@@ -20,7 +20,7 @@ CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 def conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1, *, groups: int = 1, bias: bool = False, act=True):
     """Convolution (padded to keep the size at stride 1), batch norm and, unless `act` is false, ReLU.
 
-    The ReLU is not in place: a hook on `bn` then really sees what came before the activation.
+    The ReLU is not in place, so that a hook on `bn` reads the values before the activation.
     """
     layers: list[tuple[str, nn.Module]] = [
         ("conv", nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=bias)),
@@ -32,7 +32,7 @@ def conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1, *, groups: in
 
 
 class Stage(NamedTuple):
-    """One stage: its module, the channels it gives and the factor by which the picture has shrunk after it."""
+    """One stage: its module, its output channels, and the factor between the image's size and its output's."""
 
     module: nn.Module
     channels: int
@@ -46,17 +46,17 @@ class CifarNet(nn.Module):
     `feature_info` lists the stages' outputs: `num_chs`, `reduction` and `module`.
 
     Args:
-        stem: What comes before the first stage.
+        stem: The layers before the first stage.
         stages: The stages in order.
-        tail: What comes after the last stage and before pooling.
-        num_features: Channels the tail gives.
-        num_classes: Classes; 0 leaves the pooled features.
+        tail: The layers after the last stage and before pooling.
+        num_features: Output channels of the tail.
+        num_classes: Classes; 0 for no classifier: the output is then the pooled features.
         global_pool: timm's name of a pooling: "avg", "max", "avgmax", "catavgmax".
-        drop_rate: Dropout before the classifier, a share in [0, 1).
+        drop_rate: Dropout probability before the classifier, in [0, 1).
     """
 
     public_names: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Renamings (pattern, replacement), applied in order, that turn public key layouts into this class's."""
+    """(pattern, replacement), applied in order, that turn tensor names of public checkpoints into this class's."""
     classifier_std: ClassVar[float | None] = None
     """Standard deviation of the classifier's initial weights (bias 0); None leaves PyTorch's default."""
 
@@ -110,7 +110,7 @@ class CifarNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for `num_classes` (0: none), and another pooling when one is named."""
+        """Set a fresh classifier for `num_classes` (0: none), and another pooling if one is named."""
         self.num_classes = num_classes
         before = next(self.stem.parameters())
         self._set_classifier(self.global_pool.pool_type if global_pool is None else global_pool)
@@ -154,11 +154,11 @@ class CifarNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' outputs, as timm's networks give them: (features, [map, ...]) or the maps alone.
+        """The stages' outputs, as in timm's networks: (features, [map, ...]), or the maps only.
 
-        `indices` chooses stages (a number: that many last ones); `norm` changes nothing, the maps are as they are;
-        `stop_early` leaves the stages after the last one chosen, and so the features are that stage's output.
-        Raises AssertionError for a stage that is not there or a format other than NCHW, as timm does.
+        `indices` chooses stages (a number: that many last ones); `norm` has no effect; `stop_early` skips the stages
+        after the last chosen one, and the features are then that stage's output.
+        Raises AssertionError for a stage that does not exist or a format other than NCHW, as timm does.
         """
         assert output_fmt == "NCHW", "Output format must be NCHW."
         stages = self._stages()
@@ -189,17 +189,17 @@ def register(
     std: tuple[float, ...] = CIFAR100_STD,
     **shape: Any,
 ) -> None:
-    """Makes `name` known to timm: `timm.create_model(name)` then builds `net(**shape)`.
+    """Register `name` with timm: `timm.create_model(name)` then builds `net(**shape)`.
 
     Args:
-        module: `__name__` of the calling module, in which the entry function appears.
-        name: The network's name; the zoo's begin with `cifar_`.
+        module: `__name__` of the calling module, where the entry function is added.
+        name: The network's name, with the zoo's prefix `cifar_`.
         net: Its class.
         doc: The entry function's docstring: the paper, and the row of the parameter table.
-        stages: How many stages `features_only=True` gives.
+        stages: How many stages `features_only=True` returns.
         first_conv: Path of the first convolution.
-        mean, std: The normalisation the network expects, three channels, of pixels in [0, 1].
-        **shape: What `net` needs to become this network.
+        mean, std: The normalisation that the network expects, for three channels of pixels in [0, 1].
+        **shape: The arguments of `net` for this network.
     """
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -220,6 +220,6 @@ def register(
         "classifier": "fc",
     }
     namespace = vars(sys.modules[module])
-    # timm looks for the configuration in the entry function's own module, under this name.
+    # timm looks for the configuration in the entry function's module, under this name.
     namespace.setdefault("default_cfgs", {}).update(generate_default_cfgs({name: cfg}))
     namespace[name] = register_model(entry)

@@ -1,4 +1,4 @@
-"""Public checkpoints name the same layers differently; this turns their names into ours."""
+"""Tensor names in public checkpoints of the CIFAR networks -> tensor names of the zoo's networks."""
 
 import re
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from kdcli.models.cifar.base import CifarNet
 
 
 def translate(arch: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `state_dict` under the names that `arch` uses.
+    """The entries of `state_dict` under the tensor names of `arch`.
 
-    Known are the layouts of the public option-A ResNets (`conv1`, `layer1.0.bn1`, `linear`), of CRD's benchmark and
-    of those that kept its files (`downsample`, `block1.layer`, `convShortcut`, `blocks.0.0.conv`, `classifier`), and
-    of DiSK's. Tensors are neither copied nor changed; whether they fit is for `load_state_dict` to say.
+    Known names are those of the public option-A ResNets (`conv1`, `layer1.0.bn1`, `linear`), of CRD's benchmark and
+    the repositories that copied its files (`downsample`, `block1.layer`, `convShortcut`, `blocks.0.0.conv`,
+    `classifier`), and of DiSK. Tensors are neither copied nor changed, and their shapes are not checked.
 
     Args:
-        arch: A name registered with timm, such as `cifar_resnet20_a`; others get nothing but the prefix removed.
-        state_dict: Names and tensors; `module.`, which data-parallel training leaves before each name, is removed.
+        arch: A name registered with timm, such as `cifar_resnet20_a`; for others only the prefix is removed.
+        state_dict: Names and tensors; `module.`, the prefix of data-parallel training, is removed.
 
     Returns:
-        The renamed entries when they are exactly those of `arch`, otherwise the entries under their own names.
+        The renamed entries if their names are exactly those of `arch`, else the entries with their names unchanged.
     """
     wrapped = bool(state_dict) and all(name.startswith("module.") for name in state_dict)
     plain = {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state_dict.items()}
@@ -44,5 +44,5 @@ def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _weights(state_dict: Mapping[str, Tensor]) -> set[str]:
-    """The names but for the batch counters, which old checkpoints lack."""
+    """The names without the batch counters, which old checkpoints lack."""
     return {name for name in state_dict if not name.endswith("num_batches_tracked")}

@@ -1,4 +1,4 @@
-"""Residual networks for 32-pixel pictures.
+"""Residual networks for images of 32 pixels.
 
 K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016. Three kinds: the paper's own CIFAR nets of
 6n+2 layers in three stages, with projections (option B, the distillation benchmark's form) or with parameter-free
@@ -46,7 +46,7 @@ def zero_pad(cin: int, cout: int, stride: int) -> nn.Module:
 
 
 class Basic(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al., Fig. 5 left). A hook before `act2` sees the pre-activation."""
+    """Two 3x3 convolutions plus a shortcut (He et al., Fig. 5 left). The input of `act2` is the pre-activation."""
 
     expansion = 1
 
@@ -67,7 +67,7 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al., Fig. 5 right), the stride in the 3x3 one."""
+    """1x1, 3x3 and 1x1 convolutions plus a shortcut (He et al., Fig. 5 right), with the stride in the 3x3 one."""
 
     expansion = 4
 
@@ -100,7 +100,7 @@ class CifarResNet(CifarNet):
         widths: Their widths.
         stem_width: Channels of the stem; None: the first stage's width.
         block: The residual block.
-        shortcut: Makes what runs beside a block.
+        shortcut: Builds a block's shortcut.
         num_classes, in_chans, global_pool, drop_rate: As in timm.
     """
 

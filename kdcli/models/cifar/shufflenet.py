@@ -1,7 +1,7 @@
 """ShuffleNets for CIFAR, in the form of CRD's benchmark: a 1x1 stem of stride 1 and no max-pool, three stages.
 
 X. Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices", CVPR 2018
-(three groups; here with a ReLU after the depthwise convolution, which the paper leaves out), and N. Ma et al.,
+(three groups; here with a ReLU after the depthwise convolution, unlike the paper), and N. Ma et al.,
 "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", ECCV 2018 (size 1x).
 """
 
@@ -19,8 +19,8 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class GroupedUnit(nn.Module):
-    """1x1 grouped, shuffle, 3x3 depthwise, 1x1 grouped; at stride 2 beside the pooled input, concatenated
-    (Zhang et al., Fig. 2b, 2c). `cout` are all the channels it gives."""
+    """1x1 grouped, shuffle, 3x3 depthwise, 1x1 grouped, plus the input; at stride 2 concatenated with the pooled input
+    (Zhang et al., Fig. 2b, 2c). `cout` counts all output channels."""
 
     def __init__(self, cin: int, cout: int, stride: int, groups: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class GroupedUnit(nn.Module):
 
 
 class SplitUnit(nn.Module):
-    """Half of the channels pass, the other half goes through 1x1, 3x3 depthwise, 1x1; shuffled (Ma et al., Fig. 3c)."""
+    """Half of the channels stay, the other half pass 1x1, 3x3 depthwise, 1x1; then shuffled (Ma et al., Fig. 3c)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class SplitUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """Both branches see the whole input and halve the map (Ma et al., Fig. 3d)."""
+    """Two branches over the whole input, both halving the map (Ma et al., Fig. 3d)."""
 
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__()
@@ -75,10 +75,10 @@ class DownUnit(nn.Module):
 
 
 class _ShuffleNet(CifarNet):
-    """What both versions share."""
+    """Both versions."""
 
     def init_weights(self) -> None:
-        """PyTorch's own initialisation, which the benchmark's code leaves in place for these two networks."""
+        """PyTorch's default initialisation, which the benchmark's code keeps for these two networks."""
 
 
 class CifarShuffleNetV1(_ShuffleNet):

@@ -1,7 +1,7 @@
 """VGG for CIFAR: K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
 ICLR 2015, with batch norm, in the form of CRD's benchmark: five blocks, max-pooling before the second, third and
 fourth, global average pooling after the last, one linear layer. (At 64 pixels the benchmark pools once more, before
-the fifth block; here a network is the same at every size.)
+the fifth block; here the network does not depend on the size.)
 """
 
 from collections import OrderedDict

@@ -1,6 +1,6 @@
 """Wide residual networks: S. Zagoruyko and N. Komodakis, "Wide Residual Networks", BMVC 2016.
 
-Pre-activation blocks (batch norm and ReLU come before each convolution), 6n+4 layers, widths 16k, 32k, 64k.
+Pre-activation blocks (batch norm and ReLU before each convolution), 6n+4 layers, widths 16k, 32k, 64k.
 """
 
 from collections import OrderedDict
@@ -11,8 +11,8 @@ from kdcli.models.cifar.base import CifarNet, Stage, register
 
 
 class PreActivation(nn.Module):
-    """BN, ReLU, 3x3, BN, ReLU, 3x3, beside the input; where the width changes, beside a 1x1 convolution of the
-    activated input (the form of the authors' code and of the benchmark)."""
+    """BN, ReLU, 3x3, BN, ReLU, 3x3, plus the input; where the width changes, plus a 1x1 convolution of the activated
+    input (the form of the authors' code and of the benchmark)."""
 
     def __init__(self, cin: int, cout: int, stride: int) -> None:
         super().__init__()
