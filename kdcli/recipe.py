@@ -374,12 +374,12 @@ def from_dict(tables: dict[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(_without_old_defaults(tables))
     except ValidationError as error:
-        raise _explained(error, where) from None
+        raise _explained(error, tables, where) from None
     _check_stages(recipe, where)
     return recipe
 
 
-def _explained(error: ValidationError, where: str) -> RecipeError:
+def _explained(error: ValidationError, tables: dict[str, Any], where: str) -> RecipeError:
     """pydantic's findings in one message; an unknown key alone, with the nearest known one."""
     lines = []
     for problem in error.errors():
@@ -389,6 +389,8 @@ def _explained(error: ValidationError, where: str) -> RecipeError:
         if section and unknown and (section is not Expect or not isinstance(problem["input"], dict)):
             if cure := REMOVED.get(key):
                 return RecipeError(f"{where}: {key} was removed", hint=cure)
+            if loc[0] == "stage" and len(loc) > 1 and isinstance(one := tables["stage"][loc[1]], dict):
+                key = ".".join(map(str, ["stage", one.get("name", loc[1]), *loc[2:]]))
             known = section.model_fields
             hint = did_you_mean(str(loc[-1]), known) or f"Allowed: {', '.join(known)}."
             return RecipeError(f"{where}: {key}: no such key", hint=hint)
@@ -413,7 +415,7 @@ def _check_keys(tables: dict[str, Any], where: str) -> None:
     try:
         Recipe.model_validate(tables)
     except ValidationError as error:
-        explained = _explained(error, where)
+        explained = _explained(error, tables, where)
         if explained.message.endswith(("no such key", "was removed")):
             raise explained from None
 

@@ -1,5 +1,6 @@
 """The package: what its metadata say, and that a wheel carries recipes and cards and works by itself."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -41,8 +42,13 @@ def test_what_is_needed_is_declared():
     """Every package that kdcli imports is a dependency, and nothing else is one."""
     names = {re.split(r"[^A-Za-z0-9-]", one)[0].lower() for one in PROJECT["dependencies"]}
     module = {"scikit-learn": "sklearn", "pillow": "PIL"}
-    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "kdcli").rglob("*.py"))
-    imported = set(re.findall(r"^\s*(?:from|import) ([A-Za-z_0-9]+)", text, re.MULTILINE))
+    imported: set[str] = set()
+    for path in (ROOT / "kdcli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {one.name.partition(".")[0] for one in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
     known = {module.get(name, name) for name in names}
     others = {"kdcli", "huggingface_hub"}  # timm's own way to its weights
     assert imported - known - set(sys.stdlib_module_names) <= others

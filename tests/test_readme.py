@@ -17,6 +17,7 @@ kdcli export --onnx
 kdcli compare --methods aver,classroom
 """
 TESTS = 'pip install -e ".[test]" && pytest'
+BUILT_IN = {name for name, path in METHODS.items() if path.startswith("kdcli.")}  # tests register others
 FIGURE = re.compile(r"\d ?%|±|\d (s|ms|MiB|KiB)\b|\btimes as fast\b")
 
 
@@ -79,6 +80,6 @@ def test_the_layers_name_every_room_once():
 
 def test_the_tables_of_methods_are_complete():
     kinds, rows = text(METHODS_README).split("## What each method needs and costs")
-    assert set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| .*", kinds, re.M)))) >= set(METHODS)
+    assert set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| .*", kinds, re.M)))) >= BUILT_IN
     costs = rows.partition("## A method of your own")[0]
-    assert set(re.findall(r"^\| `([\w-]+)` \|", costs, re.M)) == {*METHODS, "tekap-both"}
+    assert set(re.findall(r"^\| `([\w-]+)` \|", costs, re.M)) == {*BUILT_IN, "tekap-both"}

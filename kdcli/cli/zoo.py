@@ -31,7 +31,7 @@ def ls(json: o.Json = False) -> None:
 
 @app.command(
     "add",
-    epilog="Examples:\n\nkdcli zoo add runs/my-run\n\nkdcli zoo add net.th --data cifar10\n\n"
+    epilog="Examples:\n\nkdcli zoo add runs/my-run\n\n"
     "kdcli zoo add net.pth --architecture resnet18 --data npz:photos.npz --set task=multilabel",
 )
 def add(

@@ -369,6 +369,6 @@ def test_two_methods_of_one_name_are_refused(here):
     add_mentors(TEACHER, fit=True)
     shutil.copy("my_file.py", "copy.py")
     said = kdcli("compare", "--methods", "my_file.py:Mine,copy.py:Mine", *ROOM, code=2)
-    assert "would both go by the name of Mine" in said.err
+    assert "would both have the name Mine" in said.err
     (here / "copy.py").write_text(SOURCE.replace("class Mine", "class KD").replace("(Mine)", "(KD)"), encoding="utf-8")
-    assert "would both go by the name of kd" in kdcli("compare", "--methods", "kd,copy.py:KD", *ROOM, code=2).err
+    assert "would both have the name kd" in kdcli("compare", "--methods", "kd,copy.py:KD", *ROOM, code=2).err

@@ -192,7 +192,7 @@ def test_ranks_are_known_by_the_whole_environment(monkeypatch: pytest.MonkeyPatc
     assert distributed.expected_ranks() == 4
     with pytest.raises(RecipeError, match="--gpus 2: this process is already one of 4 ranks"):
         distributed.join(kit.CPU, 2)
-    with pytest.raises(RecipeError, match="ranks compute on cuda or cpu"):
+    with pytest.raises(RecipeError, match="several ranks run on cuda or cpu"):
         distributed.join(torch.device("mps"))
     monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(RecipeError, match="rank 1 needs GPU 1 of its machine, which has 0"):
@@ -205,8 +205,8 @@ def test_ranks_are_known_by_the_whole_environment(monkeypatch: pytest.MonkeyPatc
         (3, None, 0, "has no CUDA devices"),
         (3, "cuda", 2, "has 2 CUDA devices"),
         (1, "cuda", 0, "has no CUDA devices"),
-        (2, "cuda:1", 4, "one GPU each"),
-        (2, "mps", 0, "one GPU each"),
+        (2, "cuda:1", 4, "a GPU of its own"),
+        (2, "mps", 0, "a GPU of its own"),
     ],
 )
 def test_more_ranks_than_gpus_are_refused(
@@ -214,25 +214,25 @@ def test_more_ranks_than_gpus_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: have)
     with pytest.raises(RecipeError, match=says) as caught:
-        launch.launch([], asked, device)
+        launch.launch(print, [], asked, device)
     assert caught.value.exit_code == 2
     assert "cpu" in caught.value.hint
 
 
 def test_one_gpu_needs_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    launch.launch([], 1, None)
-    launch.launch([], 1, "cpu")
+    launch.launch(print, [], 1, None)
+    launch.launch(print, [], 1, "cpu")
     assert devices.pick("cpu") == kit.CPU
 
 
-def test_only_the_loss_of_another_rank_is_an_echo() -> None:
+def test_only_the_loss_of_another_rank_is_a_lost_connection() -> None:
     gone = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1")
-    assert launch._echo(gone)
-    assert launch._echo(distributed.td.DistBackendError("NCCL communicator was aborted"))
-    assert not launch._echo(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not launch._echo(DataError("gloo.jpg does not decode"))
-    assert not launch._echo(KeyboardInterrupt())
+    assert launch._lost_connection(gone)
+    assert launch._lost_connection(distributed.td.DistBackendError("NCCL communicator was aborted"))
+    assert not launch._lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not launch._lost_connection(DataError("gloo.jpg does not decode"))
+    assert not launch._lost_connection(KeyboardInterrupt())
 
 
 # --- one and two ranks agree ------------------------------------------------------------------------------------------
