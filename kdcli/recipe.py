@@ -1,4 +1,7 @@
-"""The recipe: a TOML file with every setting of a run, checked strictly; extended and overridden by key."""
+"""The recipe: a TOML file with every setting of a run, checked strictly; extended and overridden by key.
+
+The file is long because all keys are in one place.
+"""
 
 import hashlib
 import json

@@ -2,7 +2,7 @@
 
 The file is an uncompressed zip: `images` (the JPEGs one after another), `offsets.npy` [N+1] int64, `labels.npy` ([N]
 int64, or [N, K] uint8 0/1), `names.npy` [N] bytes (the files' relative names) and `facts.json`; the first `train`
-images are the training set, the others the test set.
+images are the training set, the others the test set. Writer and reader are in one file, since they share the format.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Views: from (seed, epoch, sample) to an augmented reading of that sample, named so that it can be drawn again.
 
 Every random number is an integer hash of what names it, computed with wrapping int64 tensor operations: a CPU, a GPU
-and any thread draw the same bits, in any order, without generator state to save.
+and any thread draw the same bits, in any order, without generator state to save. The file is long because every preset is here.
 """
 
 import contextlib

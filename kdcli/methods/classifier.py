@@ -1,4 +1,7 @@
-"""Methods built on a classifier: the teacher's (SRRL, SimKD), or one at every stage of the student (OFA)."""
+"""Methods built on a classifier: the teacher's (SRRL, SimKD), or one at every stage of the student (OFA).
+
+The file is long because the three share what a classifier must look like.
+"""
 
 import math
 from collections.abc import Callable

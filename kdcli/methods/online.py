@@ -3,6 +3,8 @@
 In the branch form (`form = "branches"`, ONE always) all share the student's first layers, and each has its own copy of
 the rest of the network, with its own initial weights; the first is the student itself. In the network form each is a
 whole network. FFM (Li et al. 2020) is missing: its fusion layers and its diversity term are not published.
+
+The file is long because the four share both forms.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple

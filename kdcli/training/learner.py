@@ -1,4 +1,7 @@
-"""A learner: one student with its method and optimizer, and the step that trains it."""
+"""A learner: one student with its method and optimizer, and the step that trains it.
+
+The file is long because everything that happens in a step is here.
+"""
 
 import math
 from collections.abc import Callable, Iterator

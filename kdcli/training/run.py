@@ -1,4 +1,7 @@
-"""The run folder: recipe, provenance, metrics, checkpoint, student; every file is written atomically."""
+"""The run folder: recipe, provenance, metrics, checkpoint, student; every file is written atomically.
+
+The file is long because the folder is read and written here only.
+"""
 
 import contextlib
 import hashlib

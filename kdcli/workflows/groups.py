@@ -1,7 +1,8 @@
 """Groups of learners that share data, stream and mentors in one session: how it is started, resumed and finished.
 
 A distill or train is a group of one learner, a recipe's stages are groups one after the other, and a compare is a group
-of all learners that can share a classroom, then a group for each other learner.
+of all learners that can share a classroom, then a group for each other learner. The
+file is long because all four kinds of command are this one loop.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""A classroom of small networks on a hundred digits, and a method's lessons in it, for checks of the contract."""
+"""A classroom of small networks on a hundred digits, and a method's lessons in it, for checks of the contract.
+
+The file is long because the checks share every part of the classroom.
+"""
 
 import copy
 import hashlib
