@@ -1,7 +1,7 @@
 """`imagenet[:DIR]` and `folder:DIR`: image files listed, labelled, divided into training and test sets, and checked.
 
-The labels are the names of the class folders, one class per image; or those of a `labels.csv`, several per image. The file is
-long because both kinds of labels share the listing, the split and the errors.
+The labels are the names of the class folders, one class per image; or those of a `labels.csv`, several per image. The
+file is long because both kinds of labels share the listing, the split and the errors.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """Views: from (seed, epoch, sample) to an augmented reading of that sample, named so that it can be drawn again.
 
 Every random number is an integer hash of what names it, computed with wrapping int64 tensor operations: a CPU, a GPU
-and any thread draw the same bits, in any order, without generator state to save. The file is long because every preset is here.
+and any thread draw the same bits, in any order, without generator state to save. All presets are here: the file is
+long.
 """
 
 import contextlib
