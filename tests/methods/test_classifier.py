@@ -112,10 +112,10 @@ def test_simkd_borrows_only_the_classes_of_the_data():
 @pytest.mark.parametrize(
     ("teacher", "words"),
     [
-        ("conv_head", r"takes 1024 numbers, its last map \(288x1x1\) gives 288: there is a layer"),
+        ("conv_head", r"expects 1024 inputs, its last map \(288x1x1\) gives 288: there is a layer"),
         ("mobile", None),
-        ("vit", r"takes 24 numbers, its last map \(24x4x4\) gives others: .*class token"),
-        ("torchvision_vit", r"takes 24 numbers, its last map \(24x4x4\) gives others"),
+        ("vit", r"expects 24 inputs, its last map \(24x4x4\) gives others: .*class token"),
+        ("torchvision_vit", r"expects 24 inputs, its last map \(24x4x4\) gives others"),
     ],
 )
 def test_simkd_refuses_a_classifier_that_is_not_given_the_pooled_map(teacher, words):
@@ -220,7 +220,7 @@ def test_each_of_the_two_learns_from_the_other_detached():
 def test_shake_reads_the_last_three_maps_and_refuses_where_the_classifier_takes_others():
     assert Class(SHAKE(), "zoo", "wide").method.taps == ["stage1", "stage2", "stage3"]
     assert Class(SHAKE(), "zoo", "torchvision").method.taps == ["stage2", "stage3", "stage4"]
-    with pytest.raises(RecipeError, match="classifier of conv_headnet takes 1024 numbers, and no map") as caught:
+    with pytest.raises(RecipeError, match="classifier of conv_headnet expects 1024 inputs, and no map") as caught:
         Class(SHAKE(), "zoo", "conv_head")
     assert "stage4 288x1x1" in caught.value.message
     assert "ResNet" in caught.value.hint
