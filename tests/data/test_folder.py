@@ -198,8 +198,8 @@ def test_layout_faults(folder, tmp_path):
     assert "no image files" in refused(tmp_path / "empty").message
     assert "no train/" in refused(tmp_path / "empty", "imagenet").message
     assert "no val/" in refused(folder(parts=("train",), root="a")).message
-    assert "one class only (ant)" in refused(folder(classes=("ant",), root="b")).message
-    assert "one class only (ant)" in refused(folder(parts=("",), classes=("ant",), root="c")).message
+    assert "only one class (ant)" in refused(folder(classes=("ant",), root="b")).message
+    assert "only one class (ant)" in refused(folder(parts=("",), classes=("ant",), root="c")).message
     assert "one image" in refused(folder(parts=("",), n=1, root="d")).message
     path = folder(root="e")
     (path / "train" / "cow").mkdir()

@@ -314,5 +314,5 @@ def test_stratified_keeps_combinations_in_proportion():
 
 def test_one_class_alone_may_be_there_or_not():
     check_classes(np.array([[1], [0]], np.uint8), ["ant"], "here")
-    with pytest.raises(DataError, match="one class only"):
+    with pytest.raises(DataError, match="only one class"):
         check_classes(np.array([0, 0]), ["ant"], "here")

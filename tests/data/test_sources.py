@@ -214,7 +214,7 @@ def test_val_is_test_when_there_is_none_and_holdout_when_asked(npz):
         ({"class_names": np.array(["a", "b", "c"])}, "outside 0..2 (3 class_names)"),
         ({"class_names": np.array(list("abcde"))}, "1 of 5 classes have no training images: e"),
         ({"train_labels": np.arange(40) % 4 + 1, "test_labels": np.arange(20) % 4 + 1}, "no training images: 0"),
-        ({"train_labels": np.zeros(40, int), "test_labels": np.zeros(20, int)}, "one class only"),
+        ({"train_labels": np.zeros(40, int), "test_labels": np.zeros(20, int)}, "only one class"),
         ({"train_labels": np.eye(4)[np.arange(40) % 4] * 0.9}, "allowed: class numbers [N]"),
         ({"train_images": np.zeros((40, 32, 32, 4), np.uint8)}, "(40, 32, 32, 4)"),
         ({"train_images": np.full((40, 8, 8), 256)}, "beyond 0..255"),
